@@ -1,0 +1,106 @@
+"""Configuration of prompts, sampling and rollouts. Light on purpose: no torch, Ray or vLLM.
+
+Every class is frozen and refuses keys it does not know; ``cluster.config`` composes them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class StrictConfig(BaseModel):
+    """Base of every configuration class: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class NewswireConfig(StrictConfig):
+    """The generated newswire: articles of mixed quality whose true quality is computable."""
+
+    language: Literal["en", "zh"] = "en"
+    articles: int = Field(6000, ge=10, description="training articles to generate")
+    held_out: int = Field(256, ge=1, description="further articles kept for evaluation only")
+    good_share: float = Field(
+        0.3, gt=0, lt=1, description="share of next paragraphs written without any fault"
+    )
+
+
+class DataConfig(StrictConfig):
+    """Where prompts and texts come from: the generated newswire, or the user's own files.
+
+    A path may be a ``.jsonl``, ``.jsonl.gz``, ``.parquet`` or ``.csv`` file, a directory
+    saved by ``datasets``, or the name of a dataset on the Hugging Face hub.
+    """
+
+    newswire: NewswireConfig | None = Field(None, description="generate the data; excludes files")
+    prompts: str | None = Field(None, description="prompts for generation and PPO")
+    eval_prompts: str | None = Field(None, description="held-out prompts for evaluation")
+    corpus: str | None = Field(None, description="plain texts for pre-training")
+    sft: str | None = Field(None, description="prompt and response pairs for fine-tuning")
+    preferences: str | None = Field(None, description="prompt, chosen, rejected")
+    split: str = Field("train", description="split to read when the source is a dataset")
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    text_field: str = "text"
+    chosen_field: str = "chosen"
+    rejected_field: str = "rejected"
+    chat_template: bool = Field(
+        False, description="render prompts through the tokenizer's chat template"
+    )
+    max_prompt_tokens: int = Field(256, ge=1, description="longer prompts follow overlong_prompts")
+    overlong_prompts: Literal["error", "skip", "truncate_left"] = "error"
+    limit: int | None = Field(None, ge=1, description="read at most this many rows of a file")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if self.newswire is not None and (self.prompts or self.corpus or self.sft):
+            raise ValueError("data.newswire generates the data: leave prompts, corpus and sft out")
+        return self
+
+
+class SamplingConfig(StrictConfig):
+    """How responses are sampled. Neutral by default: no top-k, no top-p, no penalties, because
+    PPO's ratio assumes that the sampled distribution is the policy's own."""
+
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(1.0, ge=0, description="0 is greedy; PPO needs > 0")
+    samples_per_prompt: int = Field(1, ge=1)
+
+
+class EngineConfig(StrictConfig):
+    """One vLLM engine."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_model_len: int | None = Field(None, ge=8, description="context; default: the model's own")
+    max_num_seqs: int = Field(64, ge=1, description="sequences decoded at once")
+    threads: int = Field(1, ge=1, description="CPU threads of the engine's process")
+    kv_cache_gib: float = Field(0.5, gt=0, description="CPU only: memory for the KV cache")
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="GPU only")
+    tensor_parallel_size: int = Field(1, ge=1)
+    enforce_eager: bool = Field(True, description="False lets vLLM compile (slower start)")
+    weight_transfer: Literal["ray", "nccl"] = Field(
+        "ray", description="ray: through the object store; nccl: GPU to GPU"
+    )
+
+
+class RolloutConfig(StrictConfig):
+    """The pool of Ray actors that generate."""
+
+    num_actors: int = Field(1, ge=1)
+    num_cpus_per_actor: float = Field(1.0, ge=0)
+    num_gpus_per_actor: float = Field(0.0, ge=0)
+    start_timeout_s: float = Field(300.0, gt=0, description="an engine must be ready by then")
+    sample_timeout_s: float = Field(300.0, gt=0, description="no sample finished for so long")
+    update_timeout_s: float = Field(120.0, gt=0, description="a weight update must confirm by then")
+    max_retries: int = Field(2, ge=0, description="retries of a sample whose generation failed")
+    probe_tolerance: float = Field(
+        1e-3,
+        gt=0,
+        description="largest |Δ log p| between engine and learner on the probe after an update;"
+        " 1e-3 suits float32, bfloat16 engines need about 0.1",
+    )
+    engine: EngineConfig = EngineConfig()
+
+

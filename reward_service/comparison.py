@@ -1,0 +1,84 @@
+"""Records of judgement: who compared or rated what, and what they said.
+
+People's judgements and simulated judges' go through the same records and the same store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from actors.trajectory import Message
+
+Choice = Literal["a", "b", "tie", "both_bad"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Annotator:
+    """Somebody who judges, known by a pseudonym only."""
+
+    annotator_id: str
+    kind: Literal["human", "simulated"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """One response to a prompt and where it came from."""
+
+    text: str
+    model: str = ""
+    """Name of the checkpoint that wrote it; never shown to annotators."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """An item to compare: one prompt, two responses."""
+
+    item_id: str
+    prompt_id: str
+    prompt: str
+    a: Candidate
+    b: Candidate
+    messages: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One annotator's judgement of one pair.
+
+    ``choice`` is in terms of the pair's own a and b, whatever order they were shown in;
+    ``shown_first`` records that order, so that position bias can be measured.
+    """
+
+    pair: Pair
+    annotator: Annotator
+    choice: Choice
+    strength: int = 1
+    """1 slightly, 2 clearly, 3 far better; ignored for ties."""
+    shown_first: Literal["a", "b"] = "a"
+    seconds: float = 0.0
+    """How long the judgement took."""
+    created_at: str = ""
+    """ISO 8601, UTC."""
+
+    def __post_init__(self) -> None:
+        if self.strength not in (1, 2, 3):
+            raise ValueError(f"item {self.pair.item_id}: strength must be 1, 2 or 3")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rating:
+    """One annotator's 1-5 rating of one response on one criterion."""
+
+    item_id: str
+    prompt_id: str
+    prompt: str
+    response: Candidate
+    annotator: Annotator
+    criterion: str
+    value: int
+    created_at: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.value <= 5:
+            raise ValueError(f"item {self.item_id}: a rating is 1 to 5, got {self.value}")

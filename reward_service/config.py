@@ -1,0 +1,85 @@
+"""Configuration of rewards, the reward service and simulated judges. No torch or Ray here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from actors.config import StrictConfig
+
+
+class RewardTerm(StrictConfig):
+    """One term of the reward: exactly one of ``model``, ``url`` and ``function``."""
+
+    name: str = Field(description="appears in metrics as reward/<name>")
+    weight: float = 1.0
+    model: str | None = Field(None, description="reward-model directory, served by Ray Serve")
+    url: str | None = Field(None, description="a reward server that speaks POST /v1/score")
+    function: str | None = Field(None, description="package.module:function in Python")
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> RewardTerm:
+        given = [k for k in ("model", "url", "function") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"reward term {self.name!r} needs exactly one of model, url and function, "
+                f"got {given or 'none'}"
+            )
+        return self
+
+
+class RewardServiceConfig(StrictConfig):
+    """The Ray Serve application."""
+
+    host: str = Field("127.0.0.1", description="loopback unless told otherwise")
+    port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    num_replicas: int = Field(1, ge=1)
+    num_cpus_per_replica: float = Field(0.5, ge=0)
+    num_gpus_per_replica: float = Field(0.0, ge=0)
+    threads: int = Field(1, ge=1, description="CPU threads of a replica")
+    token_budget: int = Field(8192, ge=1, description="padded tokens in one forward pass")
+    batch_wait_s: float = Field(0.005, ge=0, description="how long a batch waits to fill")
+    max_items: int = Field(512, ge=1, description="items in one request")
+    max_chars: int = Field(200_000, ge=1, description="characters in one item")
+    timeout_s: float = Field(120.0, gt=0, description="deadline of one request")
+    max_retries: int = Field(3, ge=0)
+
+
+class RewardConfig(StrictConfig):
+    """What PPO maximises: a weighted sum of terms."""
+
+    terms: tuple[RewardTerm, ...] = ()
+    service: RewardServiceConfig = RewardServiceConfig()
+
+
+class JudgeConfig(StrictConfig):
+    """Simulated judges. Each draws its own noise and biases around these."""
+
+    judges: int = Field(5, ge=1)
+    judgements_per_pair: int = Field(3, ge=1, description="how many judges see each pair")
+    noise: float = Field(0.15, ge=0, description="standard deviation added to true quality")
+    position_bias: float = Field(0.03, ge=0, description="spread of the favour for what is shown"
+                                 " first, in units of quality")
+    length_bias: float = Field(0.03, ge=0, description="spread of the favour per doubled length")
+    tie_margin: float = Field(0.05, ge=0, description="differences below it are called a tie")
+
+    @model_validator(mode="after")
+    def _enough_judges(self) -> JudgeConfig:
+        if self.judgements_per_pair > self.judges:
+            raise ValueError(
+                f"judgements_per_pair is {self.judgements_per_pair} but there are only "
+                f"{self.judges} judges"
+            )
+        return self
+
+
+class CollectConfig(StrictConfig):
+    """The collection of judgements on candidates written by the rollout actors."""
+
+    pairs: int = Field(600, ge=1, description="pairs of candidates to have judged")
+    temperature: float = Field(1.0, gt=0)
+    source: Literal["simulated", "preferences"] = Field(
+        "simulated", description="simulated judges, or the pairs of data.preferences"
+    )
+    judge: JudgeConfig = JudgeConfig()
