@@ -120,3 +120,13 @@ def sample_seed(run_seed: int, prompt_id: str, sample_index: int, round_index: i
     """
     key = f"{run_seed}/{round_index}/{prompt_id}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demonstration:
+    """A prompt and the response that supervised fine-tuning should learn from it."""
+
+    example_id: str
+    prompt: str
+    response: str
+    messages: tuple[Message, ...] = ()
