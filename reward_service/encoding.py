@@ -1,0 +1,85 @@
+"""The one place that says how a prompt and a response become a reward model's input.
+
+Training (``learner.reward_model``) and scoring (``reward_service.model``) both call ``encode``,
+so the two cannot drift apart; the checkpoint's fingerprint guards the tokenizer underneath.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from actors.trajectory import Message
+
+Truncation = Literal["error", "left"]
+
+
+def encode(
+    tokenizer: Any,
+    prompt: str,
+    messages: Sequence[Message],
+    response: str,
+    *,
+    max_tokens: int | None = None,
+    truncation: Truncation = "error",
+) -> list[int]:
+    """Token ids of a prompt with its response; the last id is always EOS.
+
+    The score is read at that last token, so there is exactly one EOS at the end whether or not
+    the sampled response had ended by itself.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with an EOS token.
+        prompt: The prompt's text; ignored when ``messages`` is not empty.
+        messages: The dialogue before the response, or empty for plain text.
+        response: The response's text without special tokens.
+        max_tokens: The model's context; ``None`` for no limit.
+        truncation: What happens beyond ``max_tokens``: ``"error"``, or ``"left"``, which drops
+            the oldest tokens and keeps a leading BOS.
+
+    Returns:
+        ``[T]`` ids. Plain text: what the tokenizer makes of ``prompt + response``, with the BOS
+        that it adds by itself. Dialogue: the chat template with the response as the assistant's
+        turn.
+
+    Raises:
+        ValueError: No EOS token, no chat template for a dialogue, or too many tokens.
+    """
+    eos_id: int | None = tokenizer.eos_token_id
+    if eos_id is None:
+        raise ValueError(
+            "the reward model's tokenizer has no EOS token, and the score is read there: "
+            "set tokenizer.eos_token and save the tokenizer again"
+        )
+    if messages:
+        ids = _encode_dialogue(tokenizer, messages, response)
+    else:
+        ids = list(tokenizer(prompt + response, add_special_tokens=True)["input_ids"])
+    while ids and ids[-1] == eos_id:
+        ids.pop()
+    ids.append(eos_id)
+    if max_tokens is None or len(ids) <= max_tokens:
+        return ids
+    if truncation == "error":
+        raise ValueError(
+            f"prompt and response have {len(ids)} tokens, the reward model's context is "
+            f"{max_tokens}: shorten them, or choose truncation 'left'"
+        )
+    keep_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    head = ids[:1] if keep_bos and max_tokens > 1 else []
+    return head + ids[len(ids) - (max_tokens - len(head)) :]
+
+
+def _encode_dialogue(tokenizer: Any, messages: Sequence[Message], response: str) -> list[int]:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "the prompt is a dialogue but the reward model's tokenizer has no chat template: "
+            "use plain-text prompts, or train the reward model from a model with a template"
+        )
+    turns = [*messages, Message(role="assistant", content=response)]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    # Many templates put a line break after the end-of-turn token; the score is read at EOS.
+    if text.rstrip().endswith(tokenizer.eos_token):
+        text = text.rstrip()
+    # The template writes BOS itself where the model wants one.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
