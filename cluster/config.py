@@ -1,0 +1,245 @@
+"""The configuration of a run: every component's own section, read from one YAML file.
+
+An unknown key, a wrong type or two settings that contradict each other end here, before anything
+has started, with a message that names the key, the value and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from actors.config import DataConfig, RolloutConfig, SamplingConfig, StrictConfig
+from learner.config import (
+    LearnersConfig,
+    PPOConfig,
+    PretrainConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
+from reward_service.config import CollectConfig, RewardConfig, RewardTerm
+
+
+class ClusterConfig(StrictConfig):
+    """Which Ray cluster to use, and how long to wait for it."""
+
+    address: str | None = Field(
+        None, description="'auto', host:port or ray://...; default: start Ray on this machine"
+    )
+    object_store_gib: float = Field(0.5, gt=0, description="local Ray only")
+    placement_timeout_s: float = Field(600.0, gt=0, description="for resources to become free")
+
+
+class EvaluateConfig(StrictConfig):
+    """Comparison of checkpoints on held-out prompts."""
+
+    prompts: int = Field(128, ge=1, description="held-out prompts")
+    samples_per_prompt: int = Field(1, ge=1)
+    temperature: float = Field(1.0, ge=0, description="0 is greedy")
+
+
+class RunConfig(StrictConfig):
+    """A whole run. A stage whose section is missing is not run by the pipeline."""
+
+    run_dir: Path = Field(description="everything the run writes goes here")
+    seed: int = Field(0, ge=0)
+    model: str | None = Field(
+        None, description="Hugging Face model to start from, when there is no pretrain section"
+    )
+    data: DataConfig = DataConfig()
+    pretrain: PretrainConfig | None = None
+    sft: SFTConfig | None = None
+    collect: CollectConfig | None = None
+    reward_model: RewardModelConfig | None = None
+    reward: RewardConfig = RewardConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    learners: LearnersConfig = LearnersConfig()
+    ppo: PPOConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> RunConfig:
+        if self.ppo is not None:
+            if self.sampling.temperature == 0:
+                raise ValueError(
+                    "sampling.temperature is 0 (greedy), but PPO must sample: set it to 1.0"
+                )
+            batch = self.ppo.prompts_per_step * self.sampling.samples_per_prompt
+            if batch < self.ppo.minibatches:
+                raise ValueError(
+                    f"ppo.minibatches is {self.ppo.minibatches}, but a step has only {batch} "
+                    "samples (ppo.prompts_per_step x sampling.samples_per_prompt)"
+                )
+        names = [term.name for term in self.reward.terms]
+        if len(names) != len(set(names)):
+            raise ValueError(f"reward.terms must have different names, got {names}")
+        if self.pretrain is not None and self.model is not None:
+            raise ValueError(
+                "both model and pretrain are given: to continue training an existing model set "
+                "pretrain.init_from, else leave one of the two out"
+            )
+        context = self.pretrain.context if self.pretrain else None
+        need = self.data.max_prompt_tokens + self.sampling.max_new_tokens
+        if context is not None and self.pretrain and not self.pretrain.init_from and need > context:
+            raise ValueError(
+                f"data.max_prompt_tokens {self.data.max_prompt_tokens} + sampling.max_new_tokens "
+                f"{self.sampling.max_new_tokens} is more than pretrain.context {context}"
+            )
+        return self
+
+    @property
+    def base_model(self) -> Path:
+        """The model before fine-tuning."""
+        if self.pretrain is not None:
+            return self.run_dir / "base"
+        if self.model is None:
+            raise ValueError(
+                "the configuration names no model: set `model` to a Hugging Face directory or hub "
+                "name, or add a `pretrain` section"
+            )
+        return Path(self.model)
+
+    @property
+    def policy_model(self) -> Path:
+        """What PPO starts from and keeps as its reference."""
+        return self.run_dir / "sft" if self.sft is not None else self.base_model
+
+    @property
+    def reward_terms(self) -> tuple[RewardTerm, ...]:
+        """The configured terms; by default the reward model that this run trains."""
+        if self.reward.terms:
+            return self.reward.terms
+        if self.reward_model is None:
+            raise ValueError(
+                "the configuration has no reward: add reward.terms, or a reward_model section"
+            )
+        return (RewardTerm(name="reward_model", model=str(self.run_dir / "reward_model")),)
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = (), **defaults: Any) -> RunConfig:
+    """Read a YAML file and apply ``key.sub=value`` overrides.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not YAML, an unknown key, a wrong value. The message lists every problem.
+    """
+    values: dict[str, Any] = dict(defaults)
+    if path is not None:
+        values |= _read_yaml(path)
+    for override in overrides:
+        _set(values, override)
+    return build_config(values, source=str(path) if path else "the command line")
+
+
+def build_config(values: Mapping[str, Any], source: str) -> RunConfig:
+    """Validate; turn pydantic's errors into sentences."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_sentence(e)}" for e in error.errors())
+        raise ValueError(f"{source}: the configuration is not valid:\n{problems}") from None
+
+
+def override_config(config: RunConfig, overrides: Sequence[str], source: str) -> RunConfig:
+    """A copy of ``config`` with ``key.sub=value`` overrides applied and validated again."""
+    values = config.model_dump(mode="json", exclude_unset=False)
+    for override in overrides:
+        _set(values, override)
+    return build_config(values, source=source)
+
+
+def write_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration, so that a run can be repeated from its directory."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no configuration file at {path}: give an existing YAML file with --config "
+            "(examples are in configs/)"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of sections, not {type(values).__name__}")
+    # A configuration may be written in terms of a folder of the user's (data, home).
+    expanded: dict[str, Any] = _expand(values)
+    return expanded
+
+
+def _expand(value: Any) -> Any:
+    """``$NAME`` and ``~`` in every string, so that a file can be shared between machines."""
+    if isinstance(value, str) and ("$" in value or value.startswith("~")):
+        expanded = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111
+        if "$" in expanded:
+            raise ValueError(f"{value!r} names an environment variable that is not set")
+        return expanded
+    if isinstance(value, dict):
+        return {k: _expand(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v) for v in value]
+    return value
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} must look like section.key=value (ppo.steps=20)")
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {parent!r} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "the configuration"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        return f"{where}: unknown key; {hint}"
+    if error["type"] == "value_error":
+        return f"{where}: {error['ctx']['error']}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where}: {message} (got {error['input']!r})"
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """Names of the fields of the section that a validation error points into."""
+    model: type[BaseModel] | None = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(str(part)) if model else None
+        model = _section_of(field.annotation) if field else None
+    return sorted(model.model_fields) if model else []
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+Stage = Literal["pretrain", "sft", "collect", "reward", "ppo", "evaluate", "report"]
