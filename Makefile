@@ -4,7 +4,7 @@
 #
 # Each target first makes .venv with exact pins, once. PYTHON chooses the interpreter.
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 # Bytecode is what makes the many processes of Ray and vLLM start quickly.
@@ -19,7 +19,7 @@ help:
 
 # The stamp is newer than every requirement once the installation has succeeded.
 $(VENV)/.runtime: requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: install Python 3.11, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is not installed: install Python 3.11, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV) (about 4 GB, once)"
 	@# Apart, so that only torch is looked up on PyTorch's own index.
