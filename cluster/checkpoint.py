@@ -97,12 +97,12 @@ class CheckpointStore:
             _flush(self._directory)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            last = self.steps()[-1:] or ["none"]
+            last = max(self.steps(), default=None)
             raise OSError(
                 error.errno,
                 f"could not write the checkpoint of step {step} to {self._directory} "
                 f"({error.strerror}): free disk space and run again with --resume; last good "
-                f"checkpoint: step {last[0]}",
+                f"checkpoint: {'none' if last is None else f'step {last}'}",
             ) from error
         for old in self.steps()[: -self._keep]:
             shutil.rmtree(self._directory / f"step_{old:06d}")

@@ -1,0 +1,110 @@
+"""Who gets which CPU and GPU: connecting to Ray, and waiting for room in the open.
+
+Each long-lived actor asks Ray for its own CPUs and GPUs; Ray's scheduler places them and an
+autoscaler sees what is missing. Before anything is started, :func:`wait_for_room` compares the
+whole demand with the cluster and says what it waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from cluster.config import ClusterConfig, RunConfig
+
+
+def demand(config: RunConfig, *, learners: bool) -> dict[str, float]:
+    """CPUs and GPUs that the actors of a run reserve at the same time."""
+    rollout, service, group = config.rollout, config.reward.service, config.learners
+    served = any(term.model is not None for term in config.reward.terms) or (
+        not config.reward.terms and config.reward_model is not None
+    )
+    replicas = service.num_replicas if served else 0
+    count = group.num_learners if learners else 0
+    return {
+        "CPU": rollout.num_actors * rollout.num_cpus_per_actor
+        + replicas * service.num_cpus_per_replica
+        + count * group.num_cpus_per_learner,
+        "GPU": rollout.num_actors * rollout.num_gpus_per_actor
+        + replicas * service.num_gpus_per_replica
+        + count * group.num_gpus_per_learner,
+    }
+
+
+@contextmanager
+def ray_session(config: RunConfig) -> Iterator[None]:
+    """Connect to the configured cluster, or start Ray on this machine and end it afterwards.
+
+    The local Ray's CPUs are logical: the stages of a PPO step take turns on the cores, so a
+    laptop's two cores may hold generators, learners and the reward service at once.
+    """
+    import ray
+
+    cluster = config.cluster
+    started_here = not ray.is_initialized()
+    if started_here:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(**_init_arguments(cluster, demand(config, learners=True)["CPU"]))
+    try:
+        yield
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _init_arguments(cluster: ClusterConfig, cpus: float) -> dict[str, Any]:
+    common: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
+    if address := cluster.address or os.environ.get("RAY_ADDRESS"):
+        return common | {"address": address}
+    # Serve's proxy and controller, and headroom for tasks, on top of the run's own actors.
+    logical = max(os.cpu_count() or 1, int(cpus + 0.999) + 2)
+    return common | {
+        "num_cpus": logical,
+        "include_dashboard": False,
+        "object_store_memory": int(cluster.object_store_gib * 2**30),
+    }
+
+
+def wait_for_room(
+    need: Mapping[str, float], timeout_s: float, say: Callable[[str], None]
+) -> None:
+    """Return when the cluster is large enough for ``need``.
+
+    Raises:
+        TimeoutError: It did not become large enough; names what is there and what is missing.
+    """
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    told = 0.0
+    while True:
+        there = ray.cluster_resources()
+        missing = {
+            name: amount - there.get(name, 0.0)
+            for name, amount in need.items()
+            if amount > there.get(name, 0.0)
+        }
+        if not missing:
+            return
+        message = (
+            f"the run needs {_amounts(need)}, the cluster has "
+            f"{_amounts({name: there.get(name, 0.0) for name in need})}: "
+            f"{_amounts(missing)} missing"
+        )
+        now = time.monotonic()
+        if now >= deadline:
+            raise TimeoutError(
+                f"{message} after {timeout_s:.0f} s: add nodes, lower rollout.num_actors or "
+                "learners.num_learners, or raise cluster.placement_timeout_s"
+            )
+        if now - told > 15:
+            told = now
+            say(f"waiting for resources: {message} ({deadline - now:.0f} s left)")
+        time.sleep(1.0)
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount) or "none"
