@@ -1,17 +1,57 @@
 """The one place that says how a prompt and a response become a reward model's input.
 
 Training (``learner.reward_model``) and scoring (``reward_service.model``) both call ``encode``,
-so the two cannot drift apart; the checkpoint's fingerprint guards the tokenizer underneath.
+so the two cannot drift apart; ``RewardHead``, the checkpoint's ``reward_head.json``, carries the
+fingerprint that guards the tokenizer underneath, and the normalisation of the output.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from actors.trajectory import Message
 
 Truncation = Literal["error", "left"]
+
+HEAD_FILE = "reward_head.json"
+
+
+class RewardHead(BaseModel):
+    """What a reward-model checkpoint says beside its weights: ``score = gain * raw + bias``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    format_version: Literal[1] = 1
+    gain: float
+    bias: float
+    fingerprint: str = Field(min_length=1, description="of tokenizer and chat template")
+    eos_appended: Literal[True] = True
+    base: str = Field("", description="the model that training started from")
+    info: dict[str, Any] = Field(default_factory=dict, description="accuracy and the like")
+
+    def save(self, directory: Path) -> None:
+        path = directory / HEAD_FILE
+        path.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> RewardHead:
+        """Read it back. Raises FileNotFoundError or ValueError that name the file."""
+        path = directory / HEAD_FILE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{directory} has no {HEAD_FILE}, so it is not a reward model of ours: "
+                "train one with 'rlhf reward'"
+            )
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise ValueError(f"{path}: {field}: {first['msg']}") from None
 
 
 def encode(
