@@ -137,5 +137,11 @@ class PPOConfig(StrictConfig):
     critic_from_reward_model: bool = True
     tokens_per_micro_batch: int = Field(8192, ge=1, description="padded tokens held at once")
     bf16: bool = Field(False, description="bfloat16 autocast in forward and backward")
+    max_skipped_steps: int = Field(
+        3, ge=0, description="optimizer steps in a row whose gradient is not finite before an error"
+    )
+    min_trained_share: float = Field(
+        0.5, gt=0, le=1, description="a step with fewer good samples than this stops the run"
+    )
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)

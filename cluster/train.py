@@ -1,0 +1,225 @@
+"""The PPO loop. Read :func:`train` first: it is the whole algorithm, in the order of the data.
+
+Ray actors generate with vLLM, scores are fetched while later completions are still being written,
+the learners take a synchronised PPO step, and the new weights go back, verified, before the next
+prompt is answered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.config import SamplingConfig
+from actors.prompts import PromptStream
+from actors.rollout import RolloutPool
+from actors.trajectory import SampleFailure, Trajectory
+from learner.batch import build_batch
+from learner.config import PPOConfig
+from learner.group import PPOLearners
+from reward_service.rewards import Reward, score_stream
+from reward_service.score import Score
+
+PROBE_SEQUENCES = 4
+PROBE_TOKENS = 64
+
+Measure = Callable[[Trajectory], Mapping[str, float]]
+"""Figures about a sample that are recorded but never trained on (true quality)."""
+
+
+class TrainingLog(Protocol):
+    """What the loop needs of a run: where to go on, and what to do with a finished step."""
+
+    next_step: int
+
+    def finish_step(
+        self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]
+    ) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A trajectory with its score and measured figures."""
+
+    trajectory: Trajectory
+    score: Score
+    measured: Mapping[str, float]
+
+
+@dataclass
+class Step:
+    """What one step submitted and what became of it: every sample is in exactly one list."""
+
+    submitted: int
+    samples: list[Sample] = field(default_factory=list)
+    failures: list[SampleFailure] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def check_accounts(self, smallest_share: float) -> None:
+        """``submitted = trained + failed``, and enough of it trained.
+
+        Raises:
+            RuntimeError: Too many samples failed; names the most frequent reason.
+        """
+        trained, failed = len(self.samples), len(self.failures)
+        assert self.submitted == trained + failed, (self.submitted, trained, failed)
+        if trained < smallest_share * self.submitted or not trained:
+            reasons = [f"{f.stage}: {f.reason}" for f in self.failures]
+            common = max(set(reasons), key=reasons.count)
+            raise RuntimeError(
+                f"{failed} of {self.submitted} samples of this step failed, more than "
+                f"ppo.min_trained_share allows; most often because of {common}"
+            )
+
+
+def train(
+    config: PPOConfig,
+    sampling: SamplingConfig,
+    *,
+    prompts: PromptStream,
+    rollouts: RolloutPool,
+    reward: Reward,
+    learners: PPOLearners,
+    log: TrainingLog,
+    seed: int,
+    measure: Measure,
+    stop: Callable[[], bool],
+    progress: Callable[[int, int, Mapping[str, float]], None],
+) -> bool:
+    """Run PPO from ``log.next_step`` to ``config.steps``.
+
+    Returns:
+        True when all steps are done, False when ``stop`` asked to end early. A step that was
+        under way is then given up: it is generated again, from the same seeds, on resume.
+    """
+    for number in range(log.next_step, config.steps):
+        step = Step(submitted=config.prompts_per_step * sampling.samples_per_prompt)
+        with step.timed("generate"):
+            batch_of_prompts = prompts.batch(number)
+            answers = rollouts.generate(
+                batch_of_prompts, sampling, run_seed=seed, round_index=number
+            )
+            collect(step, score_stream(reward, answers), measure, stop)
+        if stop():
+            return False
+        step.check_accounts(config.min_trained_share)
+        batch = build_batch(
+            [sample.trajectory for sample in step.samples],
+            [sample.score for sample in step.samples],
+            config,
+        )
+        with step.timed("learn"):
+            metrics = learners.update(batch)
+        with step.timed("broadcast"):
+            rollouts.load(learners.export_weights(number + 1, probe_sequences(step.samples)))
+        metrics = {**metrics, **describe(step)}
+        log.finish_step(number, metrics, step.samples)
+        progress(number + 1, config.steps, watched(metrics))
+    return True
+
+
+def collect(
+    step: Step,
+    scored: Iterator[tuple[Trajectory, Score] | SampleFailure],
+    measure: Measure,
+    stop: Callable[[], bool],
+) -> None:
+    """Sort a stream of scored samples into ``step``, in an order that arrival cannot change."""
+    for item in scored:
+        if isinstance(item, SampleFailure):
+            step.failures.append(item)
+        else:
+            trajectory, score = item
+            step.samples.append(
+                Sample(trajectory=trajectory, score=score, measured=measure(trajectory))
+            )
+        if stop():
+            return
+    step.samples.sort(key=lambda s: (s.trajectory.prompt.prompt_id, s.trajectory.sample_index))
+
+
+def probe_sequences(samples: Sequence[Sample]) -> list[list[int]]:
+    """Real sequences on which engine and learner must agree after the update."""
+    chosen = samples[:: max(1, len(samples) // PROBE_SEQUENCES)][:PROBE_SEQUENCES]
+    sequences = [
+        [*s.trajectory.prompt.token_ids.tolist(), *s.trajectory.response_ids.tolist()]
+        for s in chosen
+    ]
+    return [ids[-PROBE_TOKENS:] for ids in sequences]
+
+
+def describe(step: Step) -> dict[str, float]:
+    """Figures of a step that do not come from the learners."""
+    values = np.array([s.score.value for s in step.samples])
+    lengths = np.array([len(s.trajectory.response_ids) for s in step.samples])
+    ended = [s.trajectory.finish_reason == "stop" for s in step.samples]
+    tokens = float(lengths.sum())
+    figures: dict[str, float] = {
+        "samples/submitted": step.submitted,
+        "samples/trained": len(step.samples),
+        "samples/filtered": 0,
+        "samples/failed": len(step.failures),
+        "reward/mean": float(values.mean()),
+        "reward/std": float(values.std()),
+        "reward/min": float(values.min()),
+        "reward/max": float(values.max()),
+        "response/length_mean": float(lengths.mean()),
+        "response/length_max": float(lengths.max()),
+        "response/eos_rate": float(np.mean(ended)),
+        "tokens/response": tokens,
+    }
+    for group in ("components", "measured"):
+        names = sorted({name for s in step.samples for name in _figures(s, group)})
+        prefix = "reward/" if group == "components" else "measured/"
+        for name in names:
+            found = [_figures(s, group)[name] for s in step.samples if name in _figures(s, group)]
+            figures[f"{prefix}{name}"] = float(np.mean(found))
+    figures |= {f"seconds/{phase}": value for phase, value in step.seconds.items()}
+    total = sum(step.seconds.values())
+    figures["seconds/step"] = total
+    figures["tokens/per_second"] = tokens / total if total else 0.0
+    return figures
+
+
+def watched(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The few figures that belong beside the progress bar."""
+    names = {
+        "reward/mean": "reward",
+        "ppo/kl_sequence": "KL",
+        "response/length_mean": "length",
+        "measured/good": "good",
+    }
+    return {short: metrics[name] for name, short in names.items() if name in metrics}
+
+
+def _figures(sample: Sample, group: str) -> Mapping[str, float]:
+    return sample.score.components if group == "components" else sample.measured
+
+
+def sample_row(sample: Sample) -> dict[str, Any]:
+    """A sample as it is written to ``samples/step_*.jsonl``."""
+    trajectory = sample.trajectory
+    return {
+        "sample_id": trajectory.sample_id,
+        "prompt_id": trajectory.prompt.prompt_id,
+        "prompt": trajectory.prompt.text,
+        "response": trajectory.response_text,
+        "score": sample.score.value,
+        "components": dict(sample.score.components),
+        "length": len(trajectory.response_ids),
+        "finish_reason": trajectory.finish_reason,
+        "policy_version": int(trajectory.policy_versions[-1]),
+        **sample.measured,
+    }
+
