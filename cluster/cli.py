@@ -1,0 +1,301 @@
+"""The ``rlhf`` command. Heavy imports wait until the arguments have been understood."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from cluster.config import RunConfig
+    from cluster.pipeline import Pipeline
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
+
+# What a user did wrong, or what the machine lacks: one message and no traceback.
+EXPECTED_ERRORS = (ValueError, OSError, RuntimeError, ImportError)
+
+EXIT_STOPPED = 130
+
+
+class Group(click.Group):
+    """Lists commands in the order of the loop, and turns errors into one message."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from cluster.stop import Stopped
+
+        try:
+            return super().invoke(ctx)
+        except Stopped as stopped:
+            click.echo(f"stopped: {stopped}", err=True)
+            ctx.exit(EXIT_STOPPED)
+        except EXPECTED_ERRORS as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {describe(error)}", err=True)
+            click.echo("(rlhf --debug ... shows where it came from)", err=True)
+            ctx.exit(1)
+
+
+def describe(error: BaseException) -> str:
+    """The message of the error itself, not of the remote call that carried it."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return describe(cause)
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return str(error) or type(error).__name__
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(package_name="ray-rlhf", prog_name="rlhf")
+def main(debug: bool) -> None:
+    """RLHF for language models on Ray, the whole way round.
+
+    \b
+    base model -> fine-tuning -> candidates -> judgement -> reward model -> PPO -> evaluation
+
+    Begin with `rlhf quickstart`: ten minutes on two CPU cores, no GPU and no download.
+
+    With your own model and data, write a configuration file (examples are in configs/) and either
+    run everything with `rlhf run --config FILE`, or stage by stage with the commands below. Any
+    setting can be overridden at the end of the line: `rlhf ppo --config FILE ppo.steps=20`.
+    """
+    # Ray and vLLM start many processes: without bytecode each of them compiles all it imports.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+
+
+def stage_command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """A command that works on a configured run: --config, --resume, --overwrite, overrides."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        command: Any = function
+        for option in reversed(
+            (
+                click.option(
+                    "--config", "-c", type=click.Path(path_type=Path), required=True,
+                    help="YAML file of the run; a run directory's config.yaml works too.",
+                ),
+                click.option("--resume", is_flag=True,
+                             help="Go on where an earlier run of this directory stopped."),
+                click.option("--overwrite", is_flag=True,
+                             help="Throw away what this stage wrote before."),
+                click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
+            )
+        ):
+            command = option(command)
+        made: click.Command = main.command(name, **attributes)(command)
+        return made
+
+    return decorate
+
+
+def open_pipeline(config: Path, resume: bool, overwrite: bool, overrides: tuple[str, ...],
+                  ) -> Pipeline:
+    from cluster.config import load_config
+    from cluster.pipeline import Pipeline
+
+    if resume and overwrite:
+        raise click.UsageError("--resume keeps what is there and --overwrite throws it away")
+    return Pipeline(load_config(config, overrides), resume=resume, overwrite=overwrite)
+
+
+@main.command("quickstart")
+@click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs/quickstart"),
+              show_default=True, help="Where everything is written.")
+@click.option("--language", type=click.Choice(["en", "zh"]), default="en", show_default=True,
+              help="Language of the generated newswire.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on where an earlier quickstart stopped.")
+@click.option("--overwrite", is_flag=True, help="Start anew in the same directory.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def quickstart(run_dir: Path, language: str, seed: int, resume: bool, overwrite: bool,
+               overrides: tuple[str, ...]) -> None:
+    """The whole loop on this machine in about ten minutes.
+
+    A small language model is trained on a generated newswire, asked to continue headlines,
+    judged by simulated judges, and improved by PPO with vLLM, Ray Serve and RLlib. Ends with
+    three figures and one HTML page.
+    """
+    from cluster.config import override_config
+    from cluster.pipeline import Pipeline
+    from cluster.presets import quickstart_config
+
+    config = override_config(
+        quickstart_config(run_dir=run_dir, language=language, seed=seed), overrides, "quickstart"
+    )
+    Pipeline(config, resume=resume, overwrite=overwrite).run()
+
+
+@stage_command("run")
+def run(**options: Any) -> None:
+    """All stages that a configuration has sections for, one after the other."""
+    open_pipeline(**options).run()
+
+
+@stage_command("pretrain")
+def pretrain(**options: Any) -> None:
+    """Train a tokenizer and a small Llama from scratch, or continue an existing model.
+
+    Reads data.corpus (or the generated newswire); writes RUN_DIR/base, a plain Hugging Face
+    directory.
+    """
+    open_pipeline(**options).run(only="pretrain")
+
+
+@stage_command("sft")
+def sft(**options: Any) -> None:
+    """Fine-tune on prompt and response pairs; only the response is trained.
+
+    Reads data.sft; starts from RUN_DIR/base or from `model`; writes RUN_DIR/sft.
+    """
+    open_pipeline(**options).run(only="sft")
+
+
+@stage_command("collect")
+def collect(**options: Any) -> None:
+    """Generate candidates and have them judged.
+
+    The rollout actors write two candidates a prompt, judges compare them, and every judgement
+    goes into RUN_DIR/feedback.sqlite. Agreement between the judges is reported.
+    """
+    open_pipeline(**options).run(only="collect")
+
+
+@stage_command("reward")
+def reward(**options: Any) -> None:
+    """Train the reward model on the collected comparisons.
+
+    Writes RUN_DIR/reward_model and reports held-out accuracy beside the judges' own agreement
+    and the prefer-the-longer-text baseline.
+    """
+    open_pipeline(**options).run(only="reward")
+
+
+@stage_command("ppo")
+def ppo(**options: Any) -> None:
+    """Improve the policy with PPO against the reward.
+
+    Ctrl-C saves a checkpoint and ends; --resume goes on from the last one.
+    """
+    open_pipeline(**options).run(only="ppo")
+
+
+@stage_command("evaluate")
+@click.option("--model", "models", multiple=True, metavar="NAME=DIR",
+              help="A checkpoint to compare; repeat it. The first is the baseline. "
+              "Default: sft and ppo of this run.")
+def evaluate(models: tuple[str, ...], **options: Any) -> None:
+    """Compare checkpoints on held-out prompts.
+
+    Reward, KL to the first one, win rate with a confidence interval, true quality where the data
+    has it, length, distinct-n, self-BLEU and EOS rate. Writes RUN_DIR/evaluation.json.
+    """
+    chosen: dict[str, Path] = {}
+    for model in models:
+        name, equals, path = model.partition("=")
+        if not equals:
+            raise click.UsageError(f"--model {model!r} must look like name=directory")
+        chosen[name] = Path(path)
+    open_pipeline(**options).evaluate(chosen or None)
+
+
+@main.command("generate")
+@click.option("--model", type=click.Path(path_type=Path), required=True,
+              help="Hugging Face directory of the model.")
+@click.option("--prompt", "prompts", multiple=True, help="A prompt; repeat it for several.")
+@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path),
+              help="File of prompts (JSONL, Parquet or CSV with a field `prompt`).")
+@click.option("--limit", type=click.IntRange(1), help="Use at most so many prompts of the file.")
+@click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True)
+@click.option("-n", "samples", type=click.IntRange(1), default=1, show_default=True,
+              help="Samples of each prompt.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--chat", is_flag=True, help="Put prompts through the model's chat template.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+              default="float32", show_default=True)
+def generate(**options: Any) -> None:
+    """Write texts with a model, as JSON lines on standard output.
+
+    The same seed gives the same texts, however many are asked for at once. A last line on
+    standard error gives length and diversity.
+    """
+    from cluster.generate import generate_texts
+
+    generate_texts(**options)
+
+
+@main.command("serve")
+@click.option("--model", "models", multiple=True, required=True, metavar="[NAME=]DIR",
+              help="Reward-model directory (RUN_DIR/reward_model); repeat it for several.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
+              help="0 picks a free one.")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True)
+def serve(models: tuple[str, ...], host: str, port: int, replicas: int) -> None:
+    """Serve reward models over HTTP with Ray Serve until Ctrl-C.
+
+    \b
+    curl -s localhost:8000/v1/score -H 'content-type: application/json' \\
+      -d '{"items": [{"prompt": "Storm hits Riverton", "response": "Rain fell."}]}'
+    """
+    from cluster.serving import serve_until_stopped
+
+    serve_until_stopped(models, host=host, port=port, replicas=replicas)
+
+
+@main.command("report")
+@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def report(run_dir: Path) -> None:
+    """Write RUN_DIR/report.html: one self-contained page with plots and texts."""
+    from cluster.report import write_report
+
+    click.echo(str(write_report(run_dir)))
+
+
+@main.command("doctor")
+@click.option("--config", "-c", type=click.Path(path_type=Path),
+              help="Also check what this configuration needs.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def doctor(config: Path | None, overrides: tuple[str, ...]) -> None:
+    """Say whether this machine can run it: packages, cores, memory, ports, accelerators."""
+    from cluster.doctor import examine, print_findings
+
+    loaded: RunConfig | None = None
+    if config is not None:
+        from cluster.config import load_config
+
+        loaded = load_config(config, overrides)
+    sys.exit(0 if print_findings(examine(loaded)) else 1)
+
+
+@main.command("bench")
+@click.argument("what", type=click.Choice(["ppo", "weights", "start"]))
+@click.option("--json", "as_json", is_flag=True, help="Only one JSON line on standard output.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+def bench(what: str, as_json: bool, repeats: int) -> None:
+    """Measure this system against its own floor, in one run.
+
+    \b
+    ppo      one PPO iteration / bare vLLM generation + bare torch learning
+    weights  one verified weight update / copying the same bytes
+    start    from the start of a PPO run to its first finished sample
+    """
+    from cluster.bench import run_benchmark
+
+    run_benchmark(what, as_json=as_json, repeats=repeats)
+
+
+if __name__ == "__main__":
+    main()
