@@ -1,0 +1,134 @@
+"""How much host memory the processes of a run will need at their peak."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.config import RunConfig
+from learner.config import PretrainConfig
+
+GIB = 2**30
+
+# Resident memory of each kind of process with a model of no size, measured on Linux with the
+# pinned versions (Ray 2.60, vLLM 0.32, torch 2.13 on the CPU).
+RAY_GIB = 0.45
+DRIVER_GIB = 0.6
+ENGINE_GIB = 1.1
+LEARNER_GIB = 0.8
+REPLICA_GIB = 0.9
+SERVE_GIB = 0.65
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """GiB of host memory by kind of process."""
+
+    parts: dict[str, float]
+
+    @property
+    def total_gib(self) -> float:
+        return sum(self.parts.values())
+
+
+def total_memory_gib() -> float:
+    """Memory of this machine, or of its container when that is less."""
+    limit = float(psutil.virtual_memory().total)
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = min(limit, float(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return limit / GIB
+
+
+def estimate_memory(config: RunConfig) -> MemoryEstimate:
+    """Estimate from the model's shape: weights, Adam moments, gradients and the largest logits."""
+    shape = model_shape(config)
+    weights = shape.parameters * 4 / GIB
+    ppo = config.ppo
+    logits = (ppo.tokens_per_micro_batch if ppo else 0) * shape.vocab_size * 4 * 3 / GIB
+    # Per token and layer a transformer keeps about 34 x hidden values of two bytes for backward.
+    activations = (
+        (ppo.tokens_per_micro_batch if ppo else 0) * shape.layers * shape.hidden_size * 34 * 2 / GIB
+    )
+    engine = config.rollout.engine
+    parts = {
+        "Ray and driver": RAY_GIB + DRIVER_GIB + config.cluster.object_store_gib,
+        "engines": config.rollout.num_actors
+        * (ENGINE_GIB + engine.kv_cache_gib + weights * BYTES[engine.dtype] / 4),
+        "reward service": SERVE_GIB
+        + config.reward.service.num_replicas * (REPLICA_GIB + weights),
+    }
+    if ppo is not None:
+        # Policy and critic: weights, gradients and two moments each; the reference: weights.
+        states = weights * (9 if not ppo.shared_trunk else 5)
+        parts["learners"] = max(1, config.learners.num_learners) * (
+            LEARNER_GIB + states + logits + activations
+        )
+    return MemoryEstimate(parts=parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    parameters: int
+    hidden_size: int
+    layers: int
+    vocab_size: int
+
+
+def model_shape(config: RunConfig) -> ModelShape:
+    """Shape of the run's model, from its pretrain section or its config.json.
+
+    Raises:
+        FileNotFoundError: The model is not a local directory.
+    """
+    scratch = config.pretrain
+    if scratch is not None and scratch.init_from is None:
+        return _shape_from_scratch(scratch)
+    path = Path(scratch.init_from) if scratch and scratch.init_from else config.base_model
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no config.json in {path}: the model must be a local Hugging Face directory to "
+            "estimate its memory (download it first with `hf download`)"
+        )
+    return _shape_from_json(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _shape_from_scratch(config: PretrainConfig) -> ModelShape:
+    return _shape_from_json(
+        {
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.kv_heads,
+            "intermediate_size": config.intermediate_size,
+            "vocab_size": config.vocab_size,
+            "tie_word_embeddings": config.tie_embeddings,
+        }
+    )
+
+
+def _shape_from_json(values: dict[str, Any]) -> ModelShape:
+    """Parameters of a Llama-like decoder: attention, gated MLP, embeddings, norms."""
+    hidden, layers = values["hidden_size"], values["num_hidden_layers"]
+    heads = values["num_attention_heads"]
+    head = values.get("head_dim") or hidden // heads
+    kv = (values.get("num_key_value_heads") or heads) * head
+    inner, vocab = values.get("intermediate_size", 4 * hidden), values["vocab_size"]
+    attention = 2 * hidden * heads * head + 2 * hidden * kv
+    per_layer = attention + 3 * hidden * inner + 2 * hidden
+    tables = vocab * hidden * (1 if values.get("tie_word_embeddings", False) else 2)
+    return ModelShape(
+        parameters=layers * per_layer + tables + hidden,
+        hidden_size=hidden,
+        layers=layers,
+        vocab_size=vocab,
+    )
