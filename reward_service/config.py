@@ -79,7 +79,15 @@ class CollectConfig(StrictConfig):
 
     pairs: int = Field(600, ge=1, description="pairs of candidates to have judged")
     temperature: float = Field(1.0, gt=0)
-    source: Literal["simulated", "preferences"] = Field(
-        "simulated", description="simulated judges, or the pairs of data.preferences"
+    source: Literal["simulated", "demonstrations", "preferences"] = Field(
+        "simulated",
+        description="simulated: judges compare two samples; demonstrations: the real response is"
+        " preferred to a sample and to another prompt's response; preferences: the pairs of"
+        " data.preferences as they are",
+    )
+    quality: str | None = Field(
+        None,
+        description="what simulated judges judge by, package.module:function called as"
+        " f(prompt=..., response=..., meta=...); default: the newswire's true quality",
     )
     judge: JudgeConfig = JudgeConfig()

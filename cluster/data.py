@@ -1,0 +1,115 @@
+"""What a run's data configuration means: corpus, demonstrations, prompts, and their quality."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+from actors.datasets import (
+    Preference,
+    RawPrompt,
+    load_corpus,
+    load_demonstrations,
+    load_preferences,
+    load_prompts,
+)
+from actors.newswire import Newswire, generate_newswire, true_quality
+from actors.trajectory import Demonstration, Trajectory
+from cluster.config import RunConfig
+
+
+class RunData:
+    """The data of one run, each part read when it is first asked for."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._data = config.data
+
+    @cached_property
+    def _newswire(self) -> Newswire | None:
+        if self._data.newswire is None:
+            return None
+        return generate_newswire(self._data.newswire, self._config.seed)
+
+    def corpus(self) -> list[str]:
+        if self._newswire is not None:
+            return self._newswire.corpus()
+        return load_corpus(_named(self._data.corpus, "corpus", "pretrain"), self._data)
+
+    def demonstrations(self) -> list[Demonstration]:
+        if self._newswire is not None:
+            return self._newswire.sft_demonstrations()
+        return load_demonstrations(_named(self._data.sft, "sft", "sft"), self._data)
+
+    def preferences(self) -> list[Preference]:
+        source = _named(self._data.preferences, "preferences", "collect")
+        return load_preferences(source, self._data)
+
+    def prompts(self) -> list[RawPrompt]:
+        """Prompts to train on: never those kept for evaluation."""
+        return self._split[0]
+
+    def held_out_prompts(self) -> list[RawPrompt]:
+        """Prompts for evaluation, at most ``evaluate.prompts`` of them."""
+        return self._split[1][: self._config.evaluate.prompts]
+
+    @cached_property
+    def _split(self) -> tuple[list[RawPrompt], list[RawPrompt]]:
+        if self._newswire is not None:
+            return self._newswire.prompts(), self._newswire.held_out_prompts()
+        source = _named(self._data.prompts, "prompts", "ppo")
+        prompts = load_prompts(source, self._data)
+        if self._data.eval_prompts is not None:
+            return prompts, load_prompts(self._data.eval_prompts, self._data)
+        # Without a held-out file a fixed tenth or less is set aside, the same in every stage.
+        order = random.Random(0).sample(range(len(prompts)), len(prompts))
+        kept = min(self._config.evaluate.prompts, max(1, len(prompts) // 10))
+        if len(prompts) < 2:
+            raise ValueError(
+                f"{source} has only one prompt: give more, or held-out ones as data.eval_prompts"
+            )
+        return [prompts[i] for i in sorted(order[kept:])], [prompts[i] for i in order[:kept]]
+
+    @property
+    def has_true_quality(self) -> bool:
+        return self._data.newswire is not None
+
+    def measure(self, trajectory: Trajectory) -> Mapping[str, float]:
+        """True quality of a sample where the data has one. Recorded, never trained on."""
+        if not self.has_true_quality:
+            return {}
+        quality = true_quality(trajectory.prompt.meta, trajectory.response_text)
+        return {"true_quality": quality.score, "good": float(quality.good)}
+
+    def judged_quality(
+        self, function: Callable[..., float] | None
+    ) -> Callable[[RawPrompt, str], float]:
+        """What simulated judges perceive, before their noise and biases."""
+        if function is not None:
+            return lambda prompt, response: float(
+                function(prompt=prompt.text, response=response, meta=dict(prompt.meta))
+            )
+        if not self.has_true_quality:
+            raise ValueError(
+                "simulated judges need something to judge by, and this data has no true quality: "
+                "set collect.quality to package.module:function, or collect.source to "
+                "demonstrations or preferences"
+            )
+        return lambda prompt, response: graded_quality(prompt.meta, response)
+
+
+def graded_quality(meta: Mapping[str, Any], response: str) -> float:
+    """The mean of the parts of true quality: judges see how much is wrong, not only that."""
+    parts = true_quality(meta, response).parts
+    return sum(parts.values()) / len(parts)
+
+
+def _named(source: str | None, field: str, stage: str) -> str:
+    if source is None:
+        raise ValueError(
+            f"stage {stage} needs data.{field}: set it to a JSONL, Parquet or CSV file or a "
+            "dataset, or set data.newswire to generate the data"
+        )
+    return source
