@@ -34,6 +34,9 @@ class Quality(Protocol):
     @property
     def good(self) -> bool: ...
 
+    @property
+    def parts(self) -> Mapping[str, float]: ...  # what the score is made of, each 0 to 1
+
 
 TrueQuality = Callable[[Mapping[str, Any], str], Quality]
 """From a prompt's ``meta`` and a response's text."""
@@ -134,6 +137,9 @@ def _responses(
                 kl=None if divergence is None else float(divergence),
                 quality=None if quality is None else float(quality.score),
                 good=None if quality is None else bool(quality.good),
+                quality_parts=(
+                    {} if quality is None else {k: float(v) for k, v in quality.parts.items()}
+                ),
             )
         )
     return {
@@ -170,6 +176,10 @@ def _summarise(
         good_share=(
             share(groups(lambda r: r.good), seed=seed, confidence=confidence) if judged else None
         ),
+        quality_parts={
+            name: sum(r.quality_parts[name] for r in flat) / len(flat)
+            for name in flat[0].quality_parts
+        },
         eos_rate=share(
             groups(lambda r: r.finish_reason == "stop"), seed=seed, confidence=confidence
         ),

@@ -30,6 +30,7 @@ class Response:
     kl: float | None = None
     quality: float | None = None
     good: bool | None = None
+    quality_parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +57,7 @@ class CheckpointResult:
     kl: Estimate | None
     quality: Estimate | None
     good_share: Estimate | None
+    quality_parts: dict[str, float]
     eos_rate: Estimate
     length_tokens: Estimate
     length_characters: float

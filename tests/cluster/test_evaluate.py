@@ -23,6 +23,10 @@ class Judged:
     score: float
     good: bool
 
+    @property
+    def parts(self) -> dict[str, float]:
+        return {"length": self.score}
+
 
 def quality_of_length(meta: Mapping[str, Any], response: str) -> Judged:
     """Stands in for a data set's true quality: the longer the better, good from ``meta`` on."""
@@ -106,6 +110,7 @@ def test_summary_of_a_checkpoint_by_hand() -> None:
     assert after.good_share == wilson(3, 4)
     assert after.quality is not None
     assert after.quality.value == pytest.approx((0.6 + 0.5 + 0.3 + 0.5) / 4)
+    assert after.quality_parts == {"length": after.quality.value}
     assert (before.eos_rate.value, after.eos_rate.value) == (1.0, 0.0)
     assert after.length_tokens.value == after.length_characters == (6 + 5 + 3 + 5) / 4
     assert (after.samples, after.failed) == (4, 2)
