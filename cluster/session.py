@@ -1,0 +1,108 @@
+"""The long-lived parts of a run, started when first needed and ended together.
+
+Ray, the rollout pool, the reward service and the learners each take seconds to start; stages that
+follow each other in one process share them. The pool serves several checkpoints of one
+architecture: their weights are loaded into it, never another engine started beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from actors.rollout import RolloutPool
+from cluster.config import RunConfig
+from cluster.progress import Reporter
+from cluster.resources import demand, ray_session, wait_for_room
+from cluster.stop import StopRequest
+from reward_service.config import RewardTerm
+from reward_service.rewards import Reward, build_reward
+from reward_service.service import RewardService
+
+T = TypeVar("T")
+
+
+class Session:
+    """Owns what a run has started; leaving the ``with`` block ends all of it, newest first."""
+
+    def __init__(self, config: RunConfig, reporter: Reporter, stop: StopRequest) -> None:
+        self._config = config
+        self._reporter = reporter
+        self._stop = stop
+        self._stack = ExitStack()
+        self._connected = False
+        self._pool: RolloutPool | None = None
+        self._loaded: Path | None = None
+        self._version = 0
+        self._service: RewardService | None = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def connect(self, *, learners: bool = False) -> None:
+        """Connect to Ray and wait until it is large enough for what comes."""
+        if not self._connected:
+            self._stack.enter_context(ray_session(self._config))
+            self._connected = True
+            # Only now: ray.init installs a SIGTERM handler of its own.
+            self._stop.install()
+        wait_for_room(
+            demand(self._config, learners=learners),
+            self._config.cluster.placement_timeout_s,
+            self._reporter.say,
+        )
+
+    def rollouts(self, model: Path) -> RolloutPool:
+        """The pool, generating from the weights of ``model``."""
+        self.connect()
+        if self._pool is None:
+            pool = RolloutPool(model, self._config.rollout)
+            self._stack.callback(pool.shutdown)
+            pool.start()
+            self._pool, self._loaded = pool, model
+        elif self._loaded != model:
+            self._version += 1
+            self._pool.load_checkpoint(model, version=self._version)
+            self._loaded = model
+        return self._pool
+
+    def forget_weights(self) -> None:
+        """The pool now holds weights that no directory has (PPO has been loading its own)."""
+        self._loaded = None
+
+    def reward(self, terms: Sequence[RewardTerm]) -> Reward:
+        """The weighted sum of ``terms``; starts the reward service if one of them is a model."""
+        models = {term.name: Path(term.model) for term in terms if term.model is not None}
+        if models and self._service is None:
+            self.connect()
+            service = RewardService.start(self._config.reward.service, models)
+            self._stack.callback(service.shutdown)
+            self._service = service
+            self._reporter.say(f"reward service: {service.url}")
+        return build_reward(terms, self._service)
+
+    def own(self, resource: Any) -> None:
+        """End ``resource`` (by its ``shutdown``) with the session."""
+        self._stack.callback(resource.shutdown)
+
+
+def together(*starts: Callable[[], T]) -> list[T]:
+    """Start several parts at once and wait for all; the first error wins once all have ended.
+
+    Starting is mostly imports in other processes, so the parts overlap even on two cores.
+    """
+    with ThreadPoolExecutor(max_workers=len(starts)) as executor:
+        futures = [executor.submit(start) for start in starts]
+    return [future.result() for future in futures]
