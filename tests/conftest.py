@@ -81,6 +81,7 @@ def make_llama(path: Path, *, tied: bool, seed: int = 0) -> Path:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            head_dim=32,  # the narrowest that vLLM attends with on CPU
             max_position_embeddings=256,
             tie_word_embeddings=tied,
             pad_token_id=0,
