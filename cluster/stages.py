@@ -1,0 +1,163 @@
+"""What each stage of a run does. One function a stage; each reads and writes the run directory.
+
+A stage returns a small summary that goes into ``stages.json``. Checkpoints cross between stages
+as Hugging Face directories, by path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.data import RunData
+from cluster.metrics import MetricsWriter
+from cluster.progress import Reporter
+from cluster.session import Session
+from cluster.stop import Stopped, StopRequest
+
+Summary = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """What a stage works with."""
+
+    config: RunConfig
+    data: RunData
+    session: Session
+    reporter: Reporter
+    stop: StopRequest
+    resume: bool
+
+    @property
+    def run_dir(self) -> Path:
+        return self.config.run_dir
+
+    @contextmanager
+    def watched(self, stage: str, output: Path) -> Iterator[OnStep]:
+        """A progress bar and a metrics file for a supervised stage; Ctrl-C becomes Stopped."""
+        from learner.supervised import Interrupted, saved_step
+
+        resumed = saved_step(output) if self.resume else None
+        writer = MetricsWriter(
+            output, stage=stage, tensorboard=self.run_dir / "tensorboard", resume_step=resumed
+        )
+        with writer, self.reporter.bar(stage) as bar:
+
+            def on_step(step: int, total: int, metrics: dict[str, float]) -> None:
+                writer.write(step, metrics, total=total)
+                bar.update(step, total, metrics)
+
+            try:
+                yield on_step
+            except Interrupted as error:
+                raise Stopped(f"{error}") from None
+
+
+OnStep = Callable[[int, int, dict[str, float]], None]
+
+
+def pretrain(work: Workplace) -> Summary:
+    from learner.pretrain import pretrain as train_base
+
+    config = work.config
+    assert config.pretrain is not None
+    output = work.run_dir / "base"
+    with work.watched("pretrain", output) as on_step:
+        result = train_base(
+            config.pretrain,
+            work.data.corpus(),
+            output,
+            seed=config.seed,
+            resume=work.resume,
+            on_step=on_step,
+            should_stop=work.stop,
+        )
+    return asdict(result)
+
+
+def sft(work: Workplace) -> Summary:
+    from learner.sft import train_sft
+
+    config = work.config
+    assert config.sft is not None
+    output = work.run_dir / "sft"
+    with work.watched("sft", output) as on_step:
+        result = train_sft(
+            config.sft,
+            work.data.demonstrations(),
+            config.base_model,
+            output,
+            seed=config.seed,
+            resume=work.resume,
+            on_step=on_step,
+            should_stop=work.stop,
+        )
+    return asdict(result)
+
+
+def collect(work: Workplace) -> Summary:
+    from cluster.judgement import collect_judgements
+
+    report = collect_judgements(work)
+    path = work.run_dir / "feedback.json"
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+    return {"comparisons": report.get("comparisons"), "summary": report.get("summary")}
+
+
+def reward(work: Workplace) -> Summary:
+    from cluster.judgement import open_store, reference_samples
+    from learner.reward_model import train_reward_model
+
+    config = work.config
+    assert config.reward_model is not None
+    output = work.run_dir / "reward_model"
+    with open_store(work.run_dir) as store:
+        comparisons, ratings = store.comparisons(), store.ratings()
+    with work.watched("reward_model", output) as on_step:
+        report = train_reward_model(
+            config.reward_model,
+            comparisons,
+            ratings,
+            config.policy_model,
+            output,
+            reference_samples=reference_samples(comparisons, config.reward_model),
+            seed=config.seed,
+            resume=work.resume,
+            on_step=on_step,
+            should_stop=work.stop,
+        )
+    summary = asdict(report)
+    path = output / "report.json"
+    path.write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
+    return summary
+
+
+def ppo(work: Workplace) -> Summary:
+    from cluster.ppo_stage import run_ppo
+
+    return run_ppo(work)
+
+
+def evaluate(work: Workplace, models: dict[str, Path] | None = None) -> Summary:
+    from cluster.compare import compare_checkpoints
+    from cluster.evaluation import write_evaluation
+
+    config = work.config
+    chosen = models or {"sft": config.policy_model, "ppo": work.run_dir / "ppo" / "final"}
+    evaluation = compare_checkpoints(work, chosen)
+    write_evaluation(work.run_dir, evaluation)
+    return {"checkpoints": list(chosen)}
+
+
+def report(work: Workplace) -> Summary:
+    from cluster.report import write_report
+
+    path = write_report(work.run_dir)
+    work.reporter.say(f"report: {path}")
+    return {}
