@@ -1,0 +1,119 @@
+"""What a PPO iteration reports: figures of the batch, and sums gathered over optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from learner.advantages import explained_variance, masked, masked_mean
+from learner.batch import PPOBatch
+from learner.losses import PolicyTerms
+
+if TYPE_CHECKING:
+    from learner.ppo import Annotations
+
+
+def batch_metrics(
+    batch: PPOBatch,
+    mask: Tensor,
+    notes: Annotations,
+    *,
+    difference: Tensor,
+    engine: Tensor,
+    shaped: Tensor,
+    returns: Tensor,
+) -> dict[str, float]:
+    """Figures of the batch before the first optimizer step.
+
+    Args:
+        mask: ``[B, R]`` true at response tokens; all other tensors are ``[B, R]`` as well.
+        difference: log p_policy - log p_reference.
+        engine: The rollout engine's log-probabilities.
+        shaped: Rewards with the KL penalty.
+    """
+    delta = masked(notes.old_logprobs - engine, mask)
+    log_weights = delta[mask] - delta[mask].max()
+    weights = torch.exp(log_weights)
+    scores = torch.tensor(batch.scores)
+    figures = {
+        "score": scores.mean(),
+        "score_std": scores.std(correction=0),
+        "reward_shaped": masked(shaped, mask).sum(1).mean(),
+        "kl_sequence": masked(difference, mask).sum(1).mean(),
+        "kl_token": masked_mean(difference, mask),
+        "entropy": masked_mean(notes.entropy, mask),
+        "value": masked_mean(notes.values, mask),
+        "explained_variance": explained_variance(notes.values, returns, mask),
+        "engine_delta_mean": delta.abs().sum() / mask.sum(),
+        "engine_delta_max": delta.abs().max(),
+        # Share of the sample that is left when engine and learner disagree: 1 when they agree.
+        "effective_sample_size": weights.sum() ** 2 / (weights**2).sum() / mask.sum(),
+    }
+    metrics = {f"ppo/{name}": float(value) for name, value in figures.items()}
+    metrics["ppo/eos_rate"] = float(batch.stopped.mean())
+    metrics["ppo/response_length"] = float(batch.response_lengths.mean())
+    metrics["ppo/samples"] = float(len(batch))
+    metrics["ppo/tokens"] = float(batch.response_tokens)
+    return metrics
+
+
+class TokenSums:
+    """Sums over the response tokens that went through a learner, and what its steps did."""
+
+    def __init__(self, device: Any) -> None:
+        self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+        self._norms: dict[str, list[float]] = defaultdict(list)
+        self.ratio_max = torch.zeros((), device=device)
+        self.log_ratio_max = torch.zeros((), device=device)
+        self.first_log_ratio_max = 0.0
+
+    def add_policy(self, terms: PolicyTerms) -> None:
+        figures = {
+            "loss_policy": terms.surrogate,
+            "clip_fraction": terms.clipped,
+            "ratio_mean": terms.ratio,
+            "approx_kl": terms.approx_kl,
+        }
+        for name, values in figures.items():
+            self._sums[name] += values.sum()
+        self._sums["tokens"] += len(terms.ratio)
+        if len(terms.ratio):
+            self.ratio_max = torch.maximum(self.ratio_max, terms.ratio.max())
+            self.log_ratio_max = torch.maximum(
+                self.log_ratio_max, torch.log(terms.ratio).abs().max()
+            )
+
+    def add_value(self, loss: Tensor, clipped: Tensor) -> None:
+        self._sums["loss_value"] += loss.detach().sum()
+        self._sums["value_clip_fraction"] += clipped.sum()
+
+    def add_step(self, optimizer: str, norm: float) -> None:
+        self._norms[optimizer].append(norm)
+
+    def reduce(self, group: Any) -> None:
+        """Add up over the learners; gradient norms are the same on all of them already."""
+        if group is None:
+            return
+        names = sorted(self._sums)
+        stacked = torch.stack([self._sums[name] for name in names])
+        dist.all_reduce(stacked, group=group)
+        self._sums.update(zip(names, stacked.unbind(), strict=True))
+        dist.all_reduce(self.ratio_max, op=dist.ReduceOp.MAX, group=group)
+
+    def metrics(self) -> dict[str, float]:
+        tokens = float(self._sums["tokens"])
+        means = {n: float(s) / tokens for n, s in self._sums.items() if n != "tokens"}
+        metrics = {f"ppo/{name}": value for name, value in means.items()}
+        metrics["ppo/ratio_max"] = float(self.ratio_max)
+        metrics["ppo/first_log_ratio_max"] = self.first_log_ratio_max
+        for optimizer, norms in self._norms.items():
+            finite = [norm for norm in norms if math.isfinite(norm)]
+            metrics[f"ppo/grad_norm_{optimizer}"] = sum(finite) / len(finite) if finite else 0.0
+            metrics[f"ppo/skipped_steps_{optimizer}"] = float(len(norms) - len(finite))
+        metrics["ppo/optimizer_steps"] = float(max(len(norms) for norms in self._norms.values()))
+        return metrics
