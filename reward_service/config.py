@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -20,6 +21,11 @@ class RewardTerm(StrictConfig):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardTerm:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name):
+            raise ValueError(
+                f"reward term name {self.name!r} must be letters, digits, '_', '.' or '-': it "
+                "names the served model and its metrics"
+            )
         given = [k for k in ("model", "url", "function") if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -34,16 +40,24 @@ class RewardServiceConfig(StrictConfig):
 
     host: str = Field("127.0.0.1", description="loopback unless told otherwise")
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
-    num_replicas: int = Field(1, ge=1)
+    num_replicas: int = Field(1, ge=1, description="replicas of each model")
     num_cpus_per_replica: float = Field(0.5, ge=0)
     num_gpus_per_replica: float = Field(0.0, ge=0)
     threads: int = Field(1, ge=1, description="CPU threads of a replica")
     token_budget: int = Field(8192, ge=1, description="padded tokens in one forward pass")
     batch_wait_s: float = Field(0.005, ge=0, description="how long a batch waits to fill")
+    one_by_one: bool | None = Field(
+        None,
+        description="a forward pass for each sample, so that a score is the same bit for bit"
+        " whatever is scored beside it; default: on a CPU yes, on a GPU no",
+    )
     max_items: int = Field(512, ge=1, description="items in one request")
     max_chars: int = Field(200_000, ge=1, description="characters in one item")
-    timeout_s: float = Field(120.0, gt=0, description="deadline of one request")
-    max_retries: int = Field(3, ge=0)
+    max_body_bytes: int = Field(16 << 20, ge=1024, description="bytes in one request")
+    max_queued_requests: int = Field(256, ge=1, description="beyond it requests get a 503")
+    start_timeout_s: float = Field(300.0, gt=0, description="every model must be loaded by then")
+    timeout_s: float = Field(120.0, gt=0, description="deadline of one request, retries included")
+    max_retries: int = Field(3, ge=0, description="when a replica dies under a request")
 
 
 class RewardConfig(StrictConfig):
@@ -52,6 +66,14 @@ class RewardConfig(StrictConfig):
     terms: tuple[RewardTerm, ...] = ()
     service: RewardServiceConfig = RewardServiceConfig()
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> RewardConfig:
+        names = [term.name for term in self.terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two reward terms are called {name!r}: each needs its own name")
+        return self
+
 
 class JudgeConfig(StrictConfig):
     """Simulated judges. Each draws its own noise and biases around these."""
@@ -59,8 +81,9 @@ class JudgeConfig(StrictConfig):
     judges: int = Field(5, ge=1)
     judgements_per_pair: int = Field(3, ge=1, description="how many judges see each pair")
     noise: float = Field(0.15, ge=0, description="standard deviation added to true quality")
-    position_bias: float = Field(0.03, ge=0, description="spread of the favour for what is shown"
-                                 " first, in units of quality")
+    position_bias: float = Field(
+        0.03, ge=0, description="spread of the favour for what is shown first, in units of quality"
+    )
     length_bias: float = Field(0.03, ge=0, description="spread of the favour per doubled length")
     tie_margin: float = Field(0.05, ge=0, description="differences below it are called a tie")
 

@@ -83,7 +83,8 @@ def encode(
         turn.
 
     Raises:
-        ValueError: No EOS token, no chat template for a dialogue, or too many tokens.
+        ValueError: No EOS token, no chat template for a dialogue or one that refuses it, too
+            many tokens, or text that is not valid Unicode.
     """
     eos_id: int | None = tokenizer.eos_token_id
     if eos_id is None:
@@ -111,13 +112,18 @@ def encode(
 
 
 def _encode_dialogue(tokenizer: Any, messages: Sequence[Message], response: str) -> list[int]:
+    from jinja2.exceptions import TemplateError
+
     if not tokenizer.chat_template:
         raise ValueError(
             "the prompt is a dialogue but the reward model's tokenizer has no chat template: "
             "use plain-text prompts, or train the reward model from a model with a template"
         )
     turns = [*messages, Message(role="assistant", content=response)]
-    text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the dialogue: {error}") from None
     # Many templates put a line break after the end-of-turn token; the score is read at EOS.
     if text.rstrip().endswith(tokenizer.eos_token):
         text = text.rstrip()

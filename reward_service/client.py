@@ -1,0 +1,239 @@
+"""Reward models elsewhere, behind the ``Scorer`` protocol: over a Serve handle or over HTTP.
+
+Both retry what a dying replica or a busy server lost (scoring has no side effect), give up at a
+deadline, and never return a partial answer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from reward_service.encoding import Truncation
+from reward_service.score import ModelScores, ScoreItem
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+RETRY_PAUSES_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Pause before each further try; the last one repeats."""
+
+
+class HandleScorer:
+    """Scores over a Serve handle: what PPO uses, one call for a whole list."""
+
+    def __init__(
+        self,
+        handle: DeploymentHandle[Any],
+        *,
+        model: str,
+        num_replicas: int,
+        timeout_s: float,
+        max_retries: int,
+    ) -> None:
+        self._handle = handle
+        self._model = model
+        self._num_replicas = num_replicas
+        self._timeout_s = timeout_s
+        self._max_retries = max_retries
+
+    def score(self, items: Sequence[ScoreItem], truncation: Truncation = "error") -> ModelScores:
+        """Score a list, in order, spread over the replicas.
+
+        Raises:
+            TimeoutError: No answer within the deadline.
+            RuntimeError: The replicas kept dying, or the model failed.
+        """
+        if not items:
+            raise ValueError("nothing to score: the list of items is empty")
+        share = math.ceil(len(items) / self._num_replicas)
+        chunks = [items[i : i + share] for i in range(0, len(items), share)]
+        deadline = time.monotonic() + self._timeout_s
+        calls = [self._handle.score_batch.remote(list(chunk), truncation) for chunk in chunks]
+        answers = [
+            self._result(call, chunk, truncation, deadline)
+            for call, chunk in zip(calls, chunks, strict=True)
+        ]
+        return _joined(answers)
+
+    def _result(
+        self, call: Any, chunk: Sequence[ScoreItem], truncation: Truncation, deadline: float
+    ) -> ModelScores:
+        from ray.exceptions import RayActorError, RayTaskError
+        from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+        for tries in range(self._max_retries + 1):
+            try:
+                answer: ModelScores = call.result(timeout_s=max(0.0, deadline - time.monotonic()))
+                return answer
+            except TimeoutError:
+                raise TimeoutError(
+                    f"reward model {self._model!r} did not score {len(chunk)} items within "
+                    f"{self._timeout_s:g} s: raise reward.service.timeout_s or add replicas"
+                ) from None
+            except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
+                last = error
+            except RayTaskError as error:
+                raise RuntimeError(f"reward model {self._model!r} failed: {error.cause}") from error
+            if tries < self._max_retries:
+                time.sleep(_pause(tries, deadline))
+                call = self._handle.score_batch.remote(list(chunk), truncation)
+        raise RuntimeError(
+            f"reward model {self._model!r} was lost {self._max_retries + 1} times under the same "
+            f"request ({type(last).__name__}): look at the replica's log for the cause, often "
+            "too little memory"
+        ) from last
+
+
+class HttpScorer:
+    """Scores over ``POST /v1/score`` of a reward server, ours or one that speaks the same."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model: str | None = None,
+        timeout_s: float = 120.0,
+        max_retries: int = 3,
+        items_per_request: int = 64,
+    ) -> None:
+        """``url`` is the server's root, without ``/v1/score``. Nothing is sent yet."""
+        import httpx
+
+        parsed = httpx.URL(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ValueError(f"reward url {_without_secret(url)!r} must begin with http://host")
+        self._endpoint = url.rstrip("/") + "/v1/score"
+        self._shown = _without_secret(self._endpoint)
+        self._model = model
+        self._timeout_s = timeout_s
+        self._max_retries = max_retries
+        self._items_per_request = items_per_request
+        loopback = parsed.host in ("127.0.0.1", "localhost", "::1")
+        self._client = httpx.Client(timeout=timeout_s, trust_env=not loopback)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def score(self, items: Sequence[ScoreItem], truncation: Truncation = "error") -> ModelScores:
+        """Score a list, in order, a few requests one after the other.
+
+        Raises:
+            ValueError: The server refused the request (4xx); its message is passed on.
+            TimeoutError: No answer within the deadline.
+            RuntimeError: The server cannot be reached, keeps failing or answers nonsense.
+        """
+        if not items:
+            raise ValueError("nothing to score: the list of items is empty")
+        deadline = time.monotonic() + self._timeout_s
+        size = self._items_per_request
+        chunks = [items[i : i + size] for i in range(0, len(items), size)]
+        return _joined([self._request(chunk, truncation, deadline) for chunk in chunks])
+
+    def _request(
+        self, items: Sequence[ScoreItem], truncation: Truncation, deadline: float
+    ) -> ModelScores:
+        import httpx
+
+        body: dict[str, Any] = {"items": [_to_json(i) for i in items], "truncation": truncation}
+        if self._model is not None:
+            body["model"] = self._model
+        problem = ""
+        for tries in range(self._max_retries + 1):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            try:
+                answer = self._client.post(self._endpoint, json=body, timeout=left)
+            except httpx.TimeoutException:
+                break
+            except httpx.TransportError as error:
+                problem = f"cannot be reached ({type(error).__name__})"
+            else:
+                if answer.status_code == 200:
+                    return self._read(answer.content, len(items))
+                problem = f"answered {answer.status_code}: {_message(answer)}"
+                if answer.status_code not in (408, 429, 500, 502, 503, 504):
+                    raise ValueError(f"{self._shown} {problem}")
+            if tries == self._max_retries:
+                raise RuntimeError(
+                    f"{self._shown} {problem}, {tries + 1} times: check that the server runs"
+                )
+            time.sleep(_pause(tries, deadline))
+        raise TimeoutError(
+            f"{self._shown} did not answer within {self._timeout_s:g} s"
+            f"{' and ' + problem if problem else ''}: raise reward.service.timeout_s"
+        )
+
+    def _read(self, content: bytes, count: int) -> ModelScores:
+        """Check an answer down to every number: a server is outside and may say anything."""
+        from pydantic import ValidationError
+
+        from reward_service.http_api import ScoreResponse
+
+        try:
+            response = ScoreResponse.model_validate_json(content)
+            if [entry.index for entry in response.data] != list(range(count)):
+                raise ValueError(f"{len(response.data)} scores for {count} items")
+            return ModelScores(
+                model=response.model,
+                version=response.version,
+                fingerprint=response.fingerprint,
+                scores=tuple(entry.score for entry in response.data),
+                tokens=tuple(entry.tokens for entry in response.data),
+                errors=tuple(entry.error for entry in response.data),
+            )
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RuntimeError(
+                f"{self._shown} answered nonsense: {where}: {first['msg']}"
+            ) from None
+        except ValueError as error:
+            raise RuntimeError(f"{self._shown} answered nonsense: {error}") from None
+
+
+def _joined(answers: Sequence[ModelScores]) -> ModelScores:
+    """Chunks of one call as one answer; never two versions in it."""
+    first = answers[0]
+    for other in answers:
+        if other.version != first.version:
+            raise RuntimeError(
+                f"reward model {first.model!r} changed from version {first.version} to "
+                f"{other.version} within one call: score these items again"
+            )
+    return ModelScores(
+        model=first.model,
+        version=first.version,
+        fingerprint=first.fingerprint,
+        scores=tuple(s for answer in answers for s in answer.scores),
+        tokens=tuple(t for answer in answers for t in answer.tokens),
+        errors=tuple(e for answer in answers for e in answer.errors),
+    )
+
+
+def _pause(tries: int, deadline: float) -> float:
+    pause = RETRY_PAUSES_S[min(tries, len(RETRY_PAUSES_S) - 1)]
+    return max(0.0, min(pause, deadline - time.monotonic()))
+
+
+def _to_json(item: ScoreItem) -> dict[str, Any]:
+    prompt: Any = [dict(m) for m in item.messages] if item.messages else item.prompt
+    return {"prompt": prompt, "response": item.response}
+
+
+def _message(answer: Any) -> str:
+    """The server's own words where it has some, cut to one line."""
+    try:
+        return str(answer.json()["error"]["message"])[:300]
+    except (ValueError, KeyError, TypeError):
+        return " ".join(answer.text.split())[:200] or "no message"
+
+
+def _without_secret(url: str) -> str:
+    """A URL as it may be printed: ``http://name:token@host`` loses name and token."""
+    scheme, separator, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    return scheme + separator + host.rpartition("@")[2] + slash + path

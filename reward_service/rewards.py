@@ -1,0 +1,344 @@
+"""Rewards: anything that turns trajectories into scores, and how they combine.
+
+A ``Reward`` never invents a value: a sample that it cannot score comes back as a
+``SampleFailure`` with the reason. ``score_stream`` scores in the background while further
+samples are still being generated.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from actors.trajectory import SampleFailure, Trajectory
+from reward_service.client import HttpScorer
+from reward_service.config import RewardConfig, RewardTerm
+from reward_service.encoding import Truncation
+from reward_service.function import RewardFunction
+from reward_service.score import Score, ScoreItem, Scorer
+
+Scored = Score | SampleFailure
+
+
+class Reward(Protocol):
+    """What PPO maximises."""
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
+        """One result for each trajectory, in order.
+
+        Raises when nothing can be scored at all: a server that cannot be reached, a function
+        that fails for every sample.
+        """
+        ...
+
+
+class ModelReward:
+    """The score of a reward model: in this process, behind a Serve handle, or behind a URL.
+
+    A response together with its prompt may exceed the reward model's context by a token or two
+    even where the policy's context held it (EOS is appended), so the oldest tokens are dropped
+    unless told otherwise.
+    """
+
+    def __init__(self, scorer: Scorer, *, truncation: Truncation = "left") -> None:
+        self._scorer = scorer
+        self._truncation = truncation
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
+        if not trajectories:
+            return []
+        items = [
+            ScoreItem(prompt=t.prompt.text, messages=t.prompt.messages, response=t.response_text)
+            for t in trajectories
+        ]
+        answer = self._scorer.score(items, self._truncation)
+        version = f"{answer.model}@{answer.version}"
+        return [
+            scoring_failure(trajectory, error or "no score")
+            if value is None
+            else Score(sample_id=trajectory.sample_id, value=value, model_version=version)
+            for trajectory, value, error in zip(
+                trajectories, answer.scores, answer.errors, strict=True
+            )
+        ]
+
+
+class FunctionReward:
+    """A Python function of the user, called once for each sample.
+
+    It is called as ``function(prompt=str, response=str, response_ids=list[int], meta=dict)`` and
+    returns a number, or a sequence with one number for each response token.
+    """
+
+    GIVE_UP_AFTER = 4
+    """A function that never worked is reported as broken after so many samples."""
+
+    def __init__(self, path: str) -> None:
+        """Load ``package.module:function``. Raises ValueError when that cannot be called."""
+        self._path = path
+        self._function = RewardFunction.load(path)
+        self._failed = 0
+        self._worked = False
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
+        return [self._score_one(trajectory) for trajectory in trajectories]
+
+    def _score_one(self, trajectory: Trajectory) -> Scored:
+        try:
+            value = self._function(trajectory)
+            score = _to_score(trajectory, value)
+        except Exception as error:  # the user's code may raise anything
+            self._failed += 1
+            reason = f"reward function {self._path}: {type(error).__name__}: {error}"
+            if not self._worked and self._failed >= self.GIVE_UP_AFTER:
+                raise RuntimeError(
+                    f"the reward function {self._path} failed for all of the first {self._failed} "
+                    f"samples, the last time with {type(error).__name__}: {error}"
+                ) from error
+            return scoring_failure(trajectory, reason)
+        self._worked = True
+        return score
+
+
+class WeightedSum:
+    """Σ weight · term, with the unweighted value of each term kept in ``components``.
+
+    When any term gives per-token rewards so does the sum; a term that belongs to the sequence as
+    a whole then lands on its last token. A sample that one term cannot score has no sum.
+    """
+
+    def __init__(self, terms: Sequence[tuple[str, float, Reward]]) -> None:
+        """``terms`` are (name, weight, reward), names all different."""
+        names = [name for name, _, _ in terms]
+        if not terms or len(set(names)) != len(names):
+            raise ValueError(f"a weighted sum needs terms of different names, got {names}")
+        self._terms = list(terms)
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
+        if len(self._terms) == 1:
+            columns = [_score_all(self._terms[0][0], self._terms[0][2], trajectories)]
+        else:  # terms wait for servers: let them wait at the same time
+            with ThreadPoolExecutor(len(self._terms)) as pool:
+                columns = list(
+                    pool.map(lambda term: _score_all(term[0], term[2], trajectories), self._terms)
+                )
+        rows = zip(*columns, strict=True)
+        return [self._sum(t, row) for t, row in zip(trajectories, rows, strict=True)]
+
+    def _sum(self, trajectory: Trajectory, row: Sequence[Scored]) -> Scored:
+        scores: list[Score] = []
+        for (name, _, _), result in zip(self._terms, row, strict=True):
+            if isinstance(result, SampleFailure):
+                return scoring_failure(trajectory, f"term {name!r}: {result.reason}")
+            scores.append(result)
+        weights = [weight for _, weight, _ in self._terms]
+        weighted = list(zip(weights, scores, strict=True))
+        value = sum(weight * score.value for weight, score in weighted)
+        per_token = None
+        if any(score.per_token is not None for score in scores):
+            total = np.zeros(len(trajectory.response_ids), np.float64)  # [R]
+            for weight, score in weighted:
+                if score.per_token is None:
+                    total[-1] += weight * score.value
+                else:
+                    total += weight * score.per_token.astype(np.float64)
+            per_token = total.astype(np.float32)
+        try:
+            return Score(
+                sample_id=trajectory.sample_id,
+                value=value,
+                per_token=per_token,
+                components={
+                    name: score.value
+                    for (name, _, _), score in zip(self._terms, scores, strict=True)
+                },
+                model_version=",".join(s.model_version for s in scores if s.model_version),
+            )
+        except ValueError as error:  # weights so large that the sum overflows
+            return scoring_failure(trajectory, str(error))
+
+
+def build_reward(config: RewardConfig, scorers: Mapping[str, Scorer] | None = None) -> WeightedSum:
+    """The reward that a configuration describes.
+
+    Args:
+        scorers: For each term with a ``model``, by the term's name, what scores it
+            (``RewardService.scorers()``).
+
+    Raises:
+        ValueError: No terms, a model term without a scorer, a bad URL, a function that cannot
+            be loaded.
+    """
+    if not config.terms:
+        raise ValueError("reward.terms is empty: give at least one model, url or function")
+    return WeightedSum([(t.name, t.weight, _build_term(t, config, scorers)) for t in config.terms])
+
+
+def _build_term(
+    term: RewardTerm, config: RewardConfig, scorers: Mapping[str, Scorer] | None
+) -> Reward:
+    if term.function is not None:
+        return FunctionReward(term.function)
+    if term.url is not None:
+        service = config.service
+        return ModelReward(
+            HttpScorer(term.url, timeout_s=service.timeout_s, max_retries=service.max_retries)
+        )
+    if scorers is None or term.name not in scorers:
+        raise ValueError(
+            f"reward term {term.name!r} is a model, but the reward service serves "
+            f"{sorted(scorers or ())}"
+        )
+    return ModelReward(scorers[term.name])
+
+
+def score_stream(
+    reward: Reward, samples: Iterable[Trajectory | SampleFailure], *, batch: int = 32
+) -> Iterator[tuple[Trajectory, Score] | SampleFailure]:
+    """Score samples while later ones are still being generated.
+
+    Consumes ``samples`` in the caller's thread and hands trajectories, ``batch`` at a time, to one
+    background thread that calls ``reward``. Yields each sample exactly once, in no particular
+    order; failures of generation pass through. Nothing runs on after the iterator is closed.
+
+    Raises:
+        RuntimeError: No sample could be scored, with the first reason.
+        Whatever ``samples`` or ``reward`` raise.
+    """
+    scored = failed = 0
+    first_reason = ""
+    scorer = _BackgroundScorer(reward)
+    try:
+        for result in _through(scorer, samples, batch):
+            if not isinstance(result, SampleFailure):
+                scored += 1
+            elif result.stage == "scoring":
+                failed += 1
+                first_reason = first_reason or result.reason
+            yield result
+    finally:
+        scorer.stop()
+    if failed and not scored:
+        raise RuntimeError(
+            f"not one of {failed} samples could be scored; the first: {first_reason}"
+        )
+
+
+def _through(
+    scorer: _BackgroundScorer, samples: Iterable[Trajectory | SampleFailure], batch: int
+) -> Iterator[tuple[Trajectory, Score] | SampleFailure]:
+    waiting: list[Trajectory] = []
+    for sample in samples:
+        if isinstance(sample, SampleFailure):
+            yield sample
+            continue
+        waiting.append(sample)
+        if len(waiting) == batch:
+            scorer.submit(waiting)
+            waiting = []
+        yield from scorer.finished()
+    if waiting:
+        scorer.submit(waiting)
+    yield from scorer.drain()
+
+
+class _BackgroundScorer:
+    """One thread that scores batches in the order in which they were submitted.
+
+    ``submit`` wakes it; ``finished`` gives what it has done so far; ``drain`` waits for the rest.
+    An exception of the reward surfaces in ``finished`` or ``drain``.
+    """
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+        self._batches: queue.SimpleQueue[list[Trajectory] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[list[tuple[Trajectory, Score] | SampleFailure]] = (
+            queue.SimpleQueue()
+        )
+        self._error: BaseException | None = None
+        self._pending = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
+        self._thread.start()
+
+    def submit(self, trajectories: list[Trajectory]) -> None:
+        self._pending += 1
+        self._batches.put(trajectories)
+
+    def finished(self) -> Iterator[tuple[Trajectory, Score] | SampleFailure]:
+        while self._pending and not self._results.empty():
+            yield from self._next()
+
+    def drain(self) -> Iterator[tuple[Trajectory, Score] | SampleFailure]:
+        while self._pending:
+            yield from self._next()
+
+    def stop(self) -> None:
+        """Drop what has not been started and wait for what has."""
+        self._stopped.set()
+        self._batches.put(None)
+        self._thread.join()
+
+    def _next(self) -> list[tuple[Trajectory, Score] | SampleFailure]:
+        results = self._results.get()
+        if self._error is not None:
+            raise self._error
+        self._pending -= 1
+        return results
+
+    def _run(self) -> None:
+        while (batch := self._batches.get()) is not None and not self._stopped.is_set():
+            try:
+                results = _score_all(type(self._reward).__name__, self._reward, batch)
+                self._results.put(
+                    [
+                        result if isinstance(result, SampleFailure) else (trajectory, result)
+                        for trajectory, result in zip(batch, results, strict=True)
+                    ]
+                )
+            except BaseException as error:  # raised again in the caller's thread
+                self._error = error
+                self._results.put([])
+                return
+
+
+def _score_all(name: str, reward: Reward, trajectories: Sequence[Trajectory]) -> list[Scored]:
+    results = reward.score(trajectories)
+    if len(results) != len(trajectories):
+        raise RuntimeError(
+            f"reward {name!r} gave {len(results)} results for {len(trajectories)} samples"
+        )
+    return results
+
+
+def scoring_failure(trajectory: Trajectory, reason: str) -> SampleFailure:
+    return SampleFailure(
+        prompt=trajectory.prompt,
+        sample_index=trajectory.sample_index,
+        stage="scoring",
+        reason=reason,
+    )
+
+
+def _to_score(trajectory: Trajectory, value: object) -> Score:
+    """What a function returned as a Score. Raises ValueError or TypeError when it is neither."""
+    array = np.asarray(value, np.float64) if value is not None else None
+    if array is None or isinstance(value, bool | str) or array.ndim > 1:
+        raise TypeError(f"it must return a number or a list of numbers, not {type(value).__name__}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"it returned {'a list with ' if array.ndim else ''}NaN or infinity")
+    if array.ndim == 0:
+        return Score(sample_id=trajectory.sample_id, value=float(array))
+    tokens = len(trajectory.response_ids)
+    if len(array) != tokens:
+        raise ValueError(f"it returned {len(array)} rewards for {tokens} response tokens")
+    return Score(
+        sample_id=trajectory.sample_id,
+        value=float(array.sum()),
+        per_token=array.astype(np.float32),
+    )
