@@ -19,7 +19,7 @@ from cluster.config import RunConfig
 from cluster.progress import Reporter
 from cluster.resources import demand, ray_session, wait_for_room
 from cluster.stop import StopRequest
-from reward_service.config import RewardTerm
+from reward_service.config import RewardConfig, RewardTerm
 from reward_service.rewards import Reward, build_reward
 from reward_service.service import RewardService
 
@@ -37,7 +37,6 @@ class Session:
         self._connected = False
         self._pool: RolloutPool | None = None
         self._loaded: Path | None = None
-        self._version = 0
         self._service: RewardService | None = None
 
     def __enter__(self) -> Session:
@@ -65,7 +64,7 @@ class Session:
         )
 
     def rollouts(self, model: Path) -> RolloutPool:
-        """The pool, generating from the weights of ``model``."""
+        """The pool, generating from the weights of ``model`` as version 0 (no PPO step yet)."""
         self.connect()
         if self._pool is None:
             pool = RolloutPool(model, self._config.rollout)
@@ -73,8 +72,7 @@ class Session:
             pool.start()
             self._pool, self._loaded = pool, model
         elif self._loaded != model:
-            self._version += 1
-            self._pool.load_checkpoint(model, version=self._version)
+            self._pool.load_checkpoint(model, version=0)
             self._loaded = model
         return self._pool
 
@@ -91,7 +89,9 @@ class Session:
             self._stack.callback(service.shutdown)
             self._service = service
             self._reporter.say(f"reward service: {service.url}")
-        return build_reward(terms, self._service)
+        scorers = self._service.scorers() if self._service is not None else {}
+        service = self._config.reward.service
+        return build_reward(RewardConfig(terms=tuple(terms), service=service), scorers)
 
     def own(self, resource: Any) -> None:
         """End ``resource`` (by its ``shutdown``) with the session."""
