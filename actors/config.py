@@ -30,8 +30,17 @@ class NewswireConfig(StrictConfig):
 class DataConfig(StrictConfig):
     """Where prompts and texts come from: the generated newswire, or the user's own files.
 
-    A path may be a ``.jsonl``, ``.jsonl.gz``, ``.parquet`` or ``.csv`` file, a directory
-    saved by ``datasets``, or the name of a dataset on the Hugging Face hub.
+    A source is one of
+
+    - a ``.jsonl``, ``.jsonl.gz``, ``.parquet`` or ``.csv`` file, or a pattern such as
+      ``news/*_train.jsonl.gz``;
+    - a directory saved by the ``datasets`` library;
+    - a dataset on the Hugging Face hub: ``owner/name``, ``owner/name:subset``,
+      ``owner/name@split`` or ``owner/name:subset@split``.
+
+    By default a row has a prompt in ``prompt_field`` (a text, or a list of chat messages) and a
+    response in ``response_field``. Two views read other shapes of data; they apply to
+    prompts, corpus and sft alike: ``news_paragraphs`` and ``prompt_words``.
     """
 
     newswire: NewswireConfig | None = Field(None, description="generate the data; excludes files")
@@ -41,22 +50,51 @@ class DataConfig(StrictConfig):
     sft: str | None = Field(None, description="prompt and response pairs for fine-tuning")
     preferences: str | None = Field(None, description="prompt, chosen, rejected")
     split: str = Field("train", description="split to read when the source is a dataset")
+    id_field: str = Field("id", description="identity of a row; FILE:LINE where it is missing")
     prompt_field: str = "prompt"
     response_field: str = "response"
-    text_field: str = "text"
+    text_field: str = Field("text", description="of a corpus, and of prompt_words")
     chosen_field: str = "chosen"
     rejected_field: str = "rejected"
+    title_field: str = Field("title", description="of news_paragraphs")
+    paragraphs_field: str = Field("paragraphs", description="of news_paragraphs: a list of texts")
+    news_paragraphs: int | None = Field(
+        None,
+        ge=0,
+        description="rows are articles: the prompt is the title and the first so many paragraphs,"
+        " the response is the next paragraph",
+    )
+    prompt_words: int | None = Field(
+        None,
+        ge=1,
+        description="rows are plain texts: the prompt is the first so many words (runs between"
+        " white space) of text_field, the response is the rest",
+    )
     chat_template: bool = Field(
-        False, description="render prompts through the tokenizer's chat template"
+        False, description="render text prompts as a user's turn of the tokenizer's chat template"
     )
     max_prompt_tokens: int = Field(256, ge=1, description="longer prompts follow overlong_prompts")
     overlong_prompts: Literal["error", "skip", "truncate_left"] = "error"
-    limit: int | None = Field(None, ge=1, description="read at most this many rows of a file")
+    limit: int | None = Field(None, ge=1, description="use at most this many rows of a source")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
-        if self.newswire is not None and (self.prompts or self.corpus or self.sft):
-            raise ValueError("data.newswire generates the data: leave prompts, corpus and sft out")
+        if self.newswire is not None:
+            files = ("prompts", "eval_prompts", "corpus", "sft")
+            given = [name for name in files if getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f"data.newswire generates the data: leave data.{given[0]} out, or newswire"
+                )
+            if self.chat_template or self.news_paragraphs is not None or self.prompt_words:
+                raise ValueError(
+                    "data.newswire makes plain-text prompts: leave chat_template, news_paragraphs "
+                    "and prompt_words out"
+                )
+        if self.news_paragraphs is not None and self.prompt_words is not None:
+            raise ValueError(
+                "data.news_paragraphs and data.prompt_words are two views of a row: choose one"
+            )
         return self
 
 
@@ -102,5 +140,3 @@ class RolloutConfig(StrictConfig):
         " 1e-3 suits float32, bfloat16 engines need about 0.1",
     )
     engine: EngineConfig = EngineConfig()
-
-

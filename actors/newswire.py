@@ -86,9 +86,7 @@ class Newswire:
     def sft_demonstrations(self) -> list[Demonstration]:
         """The next paragraph after headline and lead, good or not."""
         return [
-            Demonstration(
-                example_id=a.article_id, prompt=prompt_text(a), response=a.paragraphs[0]
-            )
+            Demonstration(example_id=a.article_id, prompt=prompt_text(a), response=a.paragraphs[0])
             for a in self.articles
         ]
 
@@ -307,11 +305,14 @@ class _Sentence:
     facts: tuple[tuple[str, str], ...] = ()
 
 
+_Pattern = tuple[re.Pattern[str], str, str, Literal["body", "lead"]]
+
+
 @cache
-def _patterns(language: Language) -> list[tuple[re.Pattern[str], str, str, Literal["body", "lead"]]]:
+def _patterns(language: Language) -> list[_Pattern]:
     """(pattern, topic, template, kind) of every sentence that a story can have."""
     lex = lexicon(language)
-    patterns: list[tuple[re.Pattern[str], str, str, Literal["body", "lead"]]] = []
+    patterns: list[_Pattern] = []
     for name, topic in lex.topics.items():
         for role in ROLES:
             patterns += [(lex.pattern(t), name, t, "body") for t in topic.sentences(role)]
