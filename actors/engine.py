@@ -81,6 +81,10 @@ class Completion:
     text: str = ""
 
 
+class EngineLost(RuntimeError):
+    """The engine failed while it worked; nothing but a new process mends it."""
+
+
 class Engine(Protocol):
     """What a rollout actor needs of an engine. Not thread-safe."""
 
@@ -112,8 +116,9 @@ class Engine(Protocol):
 
     def control(self, call: ControlCall, payload: Mapping[str, Any]) -> None: ...
 
-    def confirm(self, version: int, probe: Probe | None, tolerance: float) -> tuple[float, float]:
-        ...
+    def confirm(
+        self, version: int, probe: Probe | None, tolerance: float
+    ) -> tuple[float, float]: ...
 
     def shutdown(self) -> None: ...
 
@@ -183,9 +188,7 @@ class VLLMEngine:
         from vllm.sampling_params import RequestOutputKind
 
         self._require_confirmed()
-        check_prompt(
-            request.token_ids, self._context_length, self._vocab_size, request.request_id
-        )
+        check_prompt(request.token_ids, self._context_length, self._vocab_size, request.request_id)
         params = SamplingParams(
             max_tokens=request.max_new_tokens,
             temperature=request.temperature,
@@ -231,8 +234,8 @@ class VLLMEngine:
             WeightError: a tensor is corrupt or of another architecture (the engine keeps its old
                 weights but refuses to generate), or the probe disagrees by more than
                 ``tolerance`` nats. Either way a good update mends it.
-            RuntimeError: requests are in flight, or vLLM failed while loading; in the latter
-                case the engine is lost.
+            RuntimeError: requests are in flight.
+            EngineLost: vLLM failed while loading.
         """
         if self.busy:
             raise RuntimeError(
@@ -267,7 +270,11 @@ class VLLMEngine:
             return
         self._refusal = "a weight update was begun and not confirmed"
         arguments = {"update_info": dict(payload)} if call == "update_weights" else {}
-        self._llm.collective_rpc(call, kwargs=arguments)
+        try:
+            self._llm.collective_rpc(call, kwargs=arguments)
+        except Exception as error:
+            # From start to finish the parameters are in pieces.
+            raise EngineLost(f"{self.name}: {call} failed in vLLM: {error}") from error
 
     def confirm(self, version: int, probe: Probe | None, tolerance: float) -> tuple[float, float]:
         """Drop what was computed from older weights, prove the new ones, and serve them.
@@ -340,7 +347,13 @@ class VLLMEngine:
         return [self._scored.pop(name) for name in names]
 
     def _advance(self) -> None:
-        for output in self._llm.step():
+        try:
+            outputs = self._llm.step()
+        except Exception as error:
+            raise EngineLost(
+                f"{self.name}: vLLM failed while decoding: {type(error).__name__}: {error}"
+            ) from error
+        for output in outputs:
             if not output.finished:
                 continue
             sample = output.outputs[0]
@@ -370,9 +383,7 @@ class VLLMEngine:
                 )
 
 
-def check_prompt(
-    token_ids: Int32Array, context_length: int, vocab_size: int, name: str
-) -> None:
+def check_prompt(token_ids: Int32Array, context_length: int, vocab_size: int, name: str) -> None:
     """Refuse what vLLM would crash on, or answer with nothing.
 
     Raises:
@@ -397,6 +408,8 @@ def _tokens(token_ids: Sequence[int] | Int32Array) -> Any:
 def _build(model_dir: Path, config: EngineConfig) -> Any:
     # One process: no children to orphan, and an update runs between two steps.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # It knows whole GiB only and would override rollout.engine.kv_cache_gib.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     try:
         from vllm import EngineArgs
         from vllm.platforms import current_platform

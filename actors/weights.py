@@ -14,6 +14,7 @@ then every actor of a node reads the same pages. bfloat16, which NumPy lacks, tr
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,8 +199,10 @@ def tensors_of(update: WeightUpdate) -> dict[str, torch.Tensor]:
                 f"{where} is corrupt: its checksum is {checksum:016x}, {info.checksum:016x} was"
                 " sent"
             )
-        # Bytes of the object store are read-only, which torch would warn about for every tensor.
-        memory = torch.frombuffer(memoryview(_bytes(array)), dtype=torch.uint8)
+        with warnings.catch_warnings():
+            # Memory of the object store is read-only, and nobody writes to it.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            memory = torch.from_numpy(_bytes(array))
         verified[name] = memory.view(getattr(torch, info.dtype)).view(info.shape)
     return verified
 
@@ -217,7 +220,9 @@ def read_checkpoint(model_dir: Path, version: int, probe: Probe | None = None) -
     manifest: dict[str, TensorInfo] = {}
     for path in weight_files(model_dir):
         try:
-            entries = deserialize(path.read_bytes())
+            entries: list[tuple[str, dict[str, Any]]] = deserialize(  # type: ignore[no-untyped-call]
+                path.read_bytes()
+            )
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
         for name, entry in entries:
@@ -305,7 +310,7 @@ def _bytes(array: Array) -> npt.NDArray[np.uint8]:
 
 
 def _checksum(array: Array) -> int:
-    return int(xxhash.xxh3_64_intdigest(_bytes(array)))
+    return int(xxhash.xxh3_64_intdigest(_bytes(array).data))
 
 
 def _some(names: Iterable[str]) -> str:

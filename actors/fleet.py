@@ -1,0 +1,276 @@
+"""The rollout actors of a pool: started, kept alive, and never serving stale weights.
+
+Each worker is in one state::
+
+    STARTING --built--> LOADING --confirmed--> SERVING
+        ^                  |  ^                   |
+        |                  |  +---- new weights --+
+        |                refused
+        |                  v
+        |               REFUSING   (waits for the next weights)
+        +-- respawned -- DEAD  <-- died, hung, or lost its engine, from any state
+
+A worker that comes back from DEAD passes LOADING with the fleet's current weights before it
+serves. Nothing here runs in the background: the owner calls :meth:`Fleet.wait`, which advances
+the workers and returns what has arrived.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.config import RolloutConfig
+from actors.engine import EngineLost
+from actors.environment import engine_environment
+from actors.rollout_actor import EngineInfo, RolloutActor
+from actors.weights import UpdateConfirmation, WeightError, WeightUpdate
+
+
+class State(enum.Enum):
+    STARTING = "starting"
+    LOADING = "loading weights"
+    SERVING = "serving"
+    REFUSING = "refusing to generate"
+    DEAD = "dead"
+
+
+@dataclass(eq=False)
+class Worker:
+    """One rollout actor as the driver sees it.
+
+    Attributes:
+        name: Also the actor's name in Ray's dashboard.
+        pending: What STARTING or LOADING waits for, until ``deadline`` (monotonic seconds).
+        failures: Deaths since it last did what it is for.
+        reason: Why it is DEAD or REFUSING.
+    """
+
+    name: str
+    state: State = State.DEAD
+    handle: Any = None
+    pending: Any = None
+    deadline: float = 0.0
+    failures: int = 0
+    reason: str = "not started"
+    info: EngineInfo | None = None
+    confirmation: UpdateConfirmation | None = None
+    error: Exception | None = field(default=None, repr=False)
+
+
+class Fleet:
+    """All workers of one pool. Not thread-safe."""
+
+    def __init__(
+        self, model_dir: Path, config: RolloutConfig, *, name: str, placement_group: Any = None
+    ) -> None:
+        self.workers = [Worker(name=f"{name}-{i}") for i in range(config.num_actors)]
+        self.update: WeightUpdate | None = None
+        self._model_dir = model_dir
+        self._config = config
+        self._placement_group = placement_group
+
+    def of_state(self, *states: State) -> list[Worker]:
+        return [worker for worker in self.workers if worker.state in states]
+
+    def bring_up(self) -> None:
+        """Return when every worker serves, starting those that are dead.
+
+        Raises:
+            TimeoutError: a worker was not ready in time.
+            WeightError: a worker refuses the current weights.
+            RuntimeError: a worker keeps dying, or cannot be built.
+        """
+        while True:
+            self.respawn()
+            if not self.of_state(State.STARTING, State.LOADING):
+                break
+            self.wait([], 1.0)
+        if refusing := self.of_state(State.REFUSING):
+            raise WeightError(refusing[0].reason)
+
+    def respawn(self) -> None:
+        """Start every dead worker anew; returns at once.
+
+        Raises:
+            RuntimeError: it died too often in a row, or of something that a restart won't mend.
+        """
+        for worker in self.of_state(State.DEAD):
+            if worker.error is not None and not isinstance(
+                worker.error, RayActorError | EngineLost | TimeoutError
+            ):
+                raise worker.error
+            if worker.failures > self._config.max_retries:
+                message = (
+                    f"{worker.name} failed {worker.failures} times in a row and is not started"
+                    f" again (rollout.max_retries); last: {worker.reason}"
+                )
+                kind = TimeoutError if isinstance(worker.error, TimeoutError) else RuntimeError
+                raise kind(message) from worker.error
+            self._spawn(worker)
+
+    def wait(self, streams: Sequence[Any], timeout_s: float) -> list[Any]:
+        """Advance workers that start or load; return the streams that have something to read."""
+        pending = {
+            worker.pending: worker for worker in self.of_state(State.STARTING, State.LOADING)
+        }
+        waited = [*pending, *streams]
+        if not waited:
+            return []
+        until = min([w.deadline - time.monotonic() for w in pending.values()], default=timeout_s)
+        ready, _ = ray.wait(
+            waited,
+            num_returns=1,
+            timeout=max(0.0, min(timeout_s, until)),
+            fetch_local=False,
+        )
+        if ready:  # whatever else is there by now
+            ready, _ = ray.wait(waited, num_returns=len(waited), timeout=0.0, fetch_local=False)
+        for ref in ready:
+            if ref in pending:
+                self._advance(pending.pop(ref))
+        for worker in pending.values():
+            if time.monotonic() > worker.deadline:
+                self._overdue(worker)
+        return [stream for stream in streams if stream in ready]
+
+    def broadcast(self, update: WeightUpdate) -> list[UpdateConfirmation]:
+        """Load ``update`` into every worker; all serve it afterwards, or an error is raised.
+
+        Raises:
+            WeightError: a worker refused it. Those that refuse do so until the next good update.
+            TimeoutError: a worker did not confirm within ``update_timeout_s``.
+        """
+        self.update = update
+        for worker in self.of_state(State.SERVING, State.REFUSING):
+            self._load(worker)
+        self.bring_up()
+        return [cast(UpdateConfirmation, worker.confirmation) for worker in self.workers]
+
+    def served(self, worker: Worker) -> None:
+        """Note that a worker did what it is for."""
+        worker.failures = 0
+
+    def lose(self, worker: Worker, reason: str, error: Exception | None = None) -> None:
+        """Declare a worker dead and make sure that its process is."""
+        worker.state, worker.reason, worker.error = State.DEAD, reason, error
+        worker.failures += 1
+        worker.pending = worker.confirmation = None
+        if worker.handle is not None:
+            ray.kill(worker.handle, no_restart=True)
+            worker.handle = None
+
+    def shutdown(self, timeout_s: float = 20.0) -> None:
+        """End every actor and return when the processes of this node are gone."""
+        infos = [worker.info for worker in self.workers if worker.handle is not None]
+        for worker in self.workers:
+            if worker.handle is not None:
+                ray.kill(worker.handle, no_restart=True)
+                worker.handle, worker.pending = None, None
+                worker.state, worker.reason = State.DEAD, "shut down"
+        _wait_gone([info for info in infos if info is not None], timeout_s)
+
+    def _spawn(self, worker: Worker) -> None:
+        config = self._config
+        gpus = config.num_gpus_per_actor
+        strategy = (
+            PlacementGroupSchedulingStrategy(self._placement_group)
+            if self._placement_group is not None
+            else "DEFAULT"
+        )
+        actor = ray.remote(RolloutActor).options(
+            # A name is taken until Ray has buried its last bearer, so each bearer's is new.
+            name=f"{worker.name}-{uuid.uuid4().hex[:6]}",
+            num_cpus=config.num_cpus_per_actor,
+            num_gpus=gpus,
+            max_restarts=0,  # Ray would bring it back with the weights of the checkpoint
+            scheduling_strategy=strategy,
+            runtime_env={"env_vars": engine_environment(config.engine, gpu=gpus > 0)},
+        )
+        worker.handle = actor.remote(
+            worker.name, str(self._model_dir), config.engine, config.probe_tolerance
+        )
+        worker.state, worker.error = State.STARTING, None
+        worker.pending = worker.handle.start.remote()
+        worker.deadline = time.monotonic() + config.start_timeout_s
+
+    def _load(self, worker: Worker) -> None:
+        worker.state, worker.confirmation = State.LOADING, None
+        worker.pending = worker.handle.load.remote(self.update)
+        worker.deadline = time.monotonic() + self._config.update_timeout_s
+
+    def _advance(self, worker: Worker) -> None:
+        """Take the answer that STARTING or LOADING was waiting for."""
+        starting, ref = worker.state is State.STARTING, worker.pending
+        worker.pending = None
+        try:
+            answer = ray.get(ref)
+        except RayActorError as error:
+            self.lose(
+                worker, f"{worker.name} died while {worker.state.value}: {brief(error)}", error
+            )
+        except RayTaskError as error:
+            cause = cast(Exception, error.cause)
+            if isinstance(cause, WeightError):
+                worker.state, worker.reason = State.REFUSING, str(cause)
+            else:
+                self.lose(worker, f"{worker.name}: {cause}", cause)
+        else:
+            if starting:
+                worker.info = answer
+            else:
+                worker.confirmation = answer
+            if starting and self.update is not None:
+                self._load(worker)
+            else:
+                worker.state, worker.reason = State.SERVING, ""
+
+    def _overdue(self, worker: Worker) -> None:
+        config = self._config
+        if worker.state is State.STARTING:
+            there, free = ray.cluster_resources(), ray.available_resources()
+            reason = (
+                f"{worker.name} was not ready within {config.start_timeout_s:g} s"
+                f" (rollout.start_timeout_s). It asks for {config.num_cpus_per_actor:g} CPU and"
+                f" {config.num_gpus_per_actor:g} GPU; the cluster has {there.get('CPU', 0):g} CPU"
+                f" ({free.get('CPU', 0):g} free) and {there.get('GPU', 0):g} GPU"
+                f" ({free.get('GPU', 0):g} free)"
+            )
+        else:
+            version = self.update.version if self.update else None
+            reason = (
+                f"{worker.name} did not confirm weight version {version} within"
+                f" {config.update_timeout_s:g} s (rollout.update_timeout_s)"
+            )
+        worker.failures = config.max_retries  # waiting so long once more would help nobody
+        self.lose(worker, reason, TimeoutError(reason))
+
+
+def brief(error: Exception) -> str:
+    """The telling lines of Ray's long messages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [
+        line for line in lines if line.startswith(("The actor is dead because", "Worker exit"))
+    ]
+    return " ".join(dict.fromkeys([*lines[:1], *telling]))
+
+
+def _wait_gone(infos: Iterable[EngineInfo], timeout_s: float) -> None:
+    import psutil
+
+    here = ray.get_runtime_context().get_node_id()
+    left = [info.pid for info in infos if info.node_id == here]
+    until = time.monotonic() + timeout_s
+    while left := [pid for pid in left if psutil.pid_exists(pid)]:
+        if time.monotonic() > until:
+            raise TimeoutError(f"rollout actors with process ids {left} did not end")
+        time.sleep(0.05)
