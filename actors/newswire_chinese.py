@@ -7,330 +7,287 @@ Kept to few hundred different characters, so that a small byte-level vocabulary 
 
 from __future__ import annotations
 
-from actors.newswire_lexicon import Lexicon, Topic, words
+from actors.newswire_lexicon import Lexicon, topic, words
 
-_TOPICS = {
-    "storm": Topic(
-        headlines=(
-            "{place}暴雨{number}户被淹",
-            "暴雨袭击{place}，{number}户进水",
-            "{place}遭遇暴雨，{number}户家中进水",
-        ),
-        leads=(
-            "{day}，暴雨淹没了{place}{number}户人家，{org}救援队队长{person}说。",
-            "{org}救援队队长{person}{day}说，{place}有{number}户人家被暴雨淹没。",
-            "{day}的暴雨使{place}{number}户人家进水，{org}救援队和队长{person}已经到达。",
-        ),
-        event=(
-            "夜里，{place}的街道水位不断上升。",
-            "大风大雨损坏了河边的{number}户人家。",
-            "天亮以前，{place}的河水冲出了河岸。",
-        ),
-        detail=(
-            "{org}救援队用小船把居民送到高处。",
-            "{org}救援队为{number}户人家开放了住处。",
-            "{org}救援队正在为{number}户人家抽水。",
-        ),
-        voice=(
-            "{person}说，最坏的时候已经过去。",
-            "雨来得比预想的快，{person}说。",
-            "{person}感谢帮忙装沙袋的居民。",
-        ),
-        outlook=(
-            "{place}的道路预计{day}重新开放。",
-            "{org}救援队将在{day}检查河岸。",
-            "{day}以前{place}可能还有大雨。",
-        ),
-    ),
-    "football": Topic(
-        headlines=(
-            "{org}足球队{place}取胜，积{number}分",
-            "{place}一战取胜，{org}足球队积分到{number}分",
-            "{org}足球队赢下{place}一战，已有{number}分",
-        ),
-        leads=(
-            "{org}足球队{day}在{place}取胜，积分达到{number}分，教练{person}说。",
-            "{day}在{place}的进球使教练{person}的{org}足球队积{number}分。",
-            "教练{person}{day}带领{org}足球队在{place}取胜，积{number}分。",
-        ),
-        event=(
-            "{place}的球迷在下半场看到了两个进球。",
-            "最后一分钟的头球决定了{place}的比赛。",
-            "这场胜利使球队的积分达到{number}分。",
-        ),
-        detail=(
-            "{org}足球队从一开始就控制了比赛。",
-            "{org}足球队的门将救出了两个球。",
-            "{org}足球队以{number}分排在第二位。",
-        ),
-        voice=(
-            "{person}赛后表扬了年轻球员。",
-            "球员们一直在跑动，{person}说。",
-            "{person}说这是本赛季最好的比赛。",
-        ),
-        outlook=(
-            "{org}足球队的下一场比赛在{day}。",
-            "球员们{day}回到{place}参加杯赛。",
-            "{person}希望队长{day}能够上场。",
-        ),
-    ),
-    "election": Topic(
-        headlines=(
-            "{org}党以{number}票赢得{place}选举",
-            "{place}选举：{org}党多得{number}票",
-            "{number}票之差，{org}党赢下{place}",
-        ),
-        leads=(
-            "{org}党{day}以{number}票之差赢得{place}选举，{person}将任市长。",
-            "{day}，{org}党的{person}以{number}票之差当选{place}市长。",
-            "{place}选民{day}以{number}票之差选{org}党的{person}任市长。",
-        ),
-        event=(
-            "{place}的官员把选票数了两次。",
-            "{number}票是多年来最小的差距。",
-            "{place}各个投票站前都排起长队。",
-        ),
-        detail=(
-            "{org}党提出少收税、多建公园。",
-            "{org}党的党员为{number}票的胜利欢呼。",
-            "{org}党现在有市议会的多数席位。",
-        ),
-        voice=(
-            "{person}说要做全体选民的市长。",
-            "选民要的是改变，{person}说。",
-            "{person}感谢对手公平竞选。",
-        ),
-        outlook=(
-            "{place}新的市议会{day}开会。",
-            "{person}将在{day}宣誓任市长。",
-            "{org}党将在{day}公布市议会名单。",
-        ),
-    ),
-    "factory": Topic(
-        headlines=(
-            "{org}汽车在{place}新增{number}个岗位",
-            "{place}汽车厂新增{number}个岗位",
-            "{org}汽车{place}工厂要招{number}人",
-        ),
-        leads=(
-            "{org}汽车将在{place}工厂新增{number}个岗位，厂长{person}{day}说。",
-            "{org}汽车厂长{person}{day}宣布，{place}工厂新增{number}个岗位。",
-            "{day}，厂长{person}宣布{org}汽车{place}工厂新增{number}个岗位。",
-        ),
-        event=(
-            "{place}工厂将生产电动汽车。",
-            "{number}个岗位大多给技术工人。",
-            "{place}工厂将开出第二条汽车生产线。",
-        ),
-        detail=(
-            "{org}汽车去年的销量是历年最高。",
-            "{org}汽车将自己培训{number}名工人。",
-            "消息公布后，{org}汽车的股价上升。",
-        ),
-        voice=(
-            "{person}说汽车的需求很大。",
-            "好工人很难找到，{person}说。",
-            "{person}说工厂的工资会很公平。",
-        ),
-        outlook=(
-            "{place}的工人从{day}起可以报名。",
-            "{org}汽车将在{day}展出新车。",
-            "{place}的工会{day}和{person}见面。",
-        ),
-    ),
-    "fire": Topic(
-        headlines=(
-            "{place}大楼起火，{number}家人撤离",
-            "{place}大火，{number}家人离开大楼",
-            "{number}家人逃出{place}起火大楼",
-        ),
-        leads=(
-            "{place}一座大楼{day}起火，{number}家人撤离，{org}消防队长{person}说。",
-            "{day}，{org}消防队和队长{person}从{place}起火大楼救出{number}家人。",
-            "{org}消防队长{person}说，{number}家人{day}逃出{place}的起火大楼。",
-        ),
-        event=(
-            "整个{place}都能看到黑烟。",
-            "大火从{place}大楼的一间厨房开始。",
-            "{number}家人全部平安离开大楼。",
-        ),
-        detail=(
-            "{org}消防队用了四个小时把火扑灭。",
-            "{org}消防队的云梯到达了顶楼。",
-            "{org}消防队为{number}家人找到了床位。",
-        ),
-        voice=(
-            "{person}说起火原因是旧电器。",
-            "烟雾报警器救了人，{person}说。",
-            "{person}请居民不要走近大楼。",
-        ),
-        outlook=(
-            "{place}警方将在{day}检查大楼。",
-            "{number}家人{day}可能回家。",
-            "{org}消防队{day}以前检查全部报警器。",
-        ),
-    ),
-    "school": Topic(
-        headlines=(
-            "{place}{org}中学新招{number}名教师",
-            "{number}名教师来到{place}{org}中学",
-            "{org}中学在{place}招来{number}名教师",
-        ),
-        leads=(
-            "{place}{org}中学{day}新招{number}名教师，校长{person}说。",
-            "校长{person}{day}在{place}欢迎{number}名教师来到{org}中学。",
-            "{day}，{number}名教师来到{place}的{org}中学，校长{person}说。",
-        ),
-        event=(
-            "{place}的家长早就要求小班上课。",
-            "{number}名教师将教科学和音乐。",
-            "{place}的班级人数已经太多。",
-        ),
-        detail=(
-            "{org}中学还买了图书和电脑。",
-            "{org}中学的学生为{number}名教师画了画。",
-            "{org}中学的考试成绩是全区最好的。",
-        ),
-        voice=(
-            "{person}说每个学生会得到更多帮助。",
-            "小班使学生快乐，{person}说。",
-            "{person}带教师们看了图书馆。",
-        ),
-        outlook=(
-            "{place}的学校{day}重新上课。",
-            "{org}中学{day}请全体家长来校。",
-            "{person}将在{day}公布考试计划。",
-        ),
-    ),
-    "rail": Topic(
-        headlines=(
-            "{org}铁路在{place}加开{number}列火车",
-            "{place}加开{number}列{org}火车",
-            "{number}列新火车开到{place}",
-        ),
-        leads=(
-            "{org}铁路从{day}起在{place}加开{number}列火车，经理{person}说。",
-            "{org}铁路经理{person}宣布，{day}起{place}加开{number}列火车。",
-            "{day}起{number}列火车停靠{place}，{org}铁路经理{person}说。",
-        ),
-        event=(
-            "{place}车站每天早上都坐满了人。",
-            "{number}列火车早晚都会开出。",
-            "{place}车站建成了一个新站台。",
-        ),
-        detail=(
-            "{org}铁路的票价不变。",
-            "{org}铁路用贷款买了{number}列火车。",
-            "{org}铁路的司机在线路上练习了多日。",
-        ),
-        voice=(
-            "{person}说晚点会很少。",
-            "不该有人站着坐车，{person}说。",
-            "{person}和旅客一起坐了首列火车。",
-        ),
-        outlook=(
-            "{place}的车票{day}开始出售。",
-            "{org}铁路{day}以前公布时刻表。",
-            "{place}一带的铁路工程{day}结束。",
-        ),
-    ),
-    "harvest": Topic(
-        headlines=(
-            "{place}大旱，{number}个农场受灾",
-            "{place}{number}个农场小麦受灾",
-            "大旱使{place}{number}个农场减产",
-        ),
-        leads=(
-            "{place}{number}个农场遭遇大旱，{org}食品的{person}{day}说。",
-            "{org}食品的{person}{day}说，{place}{number}个农场的小麦减产。",
-            "{day}，{org}食品的{person}说要帮助{place}{number}个受旱农场。",
-        ),
-        event=(
-            "{place}一带的田地入夏就变黄。",
-            "{number}个农场的小麦没有成熟就干了。",
-            "{place}的水井差不多空了。",
-        ),
-        detail=(
-            "{org}食品将给农民更高的价格。",
-            "{org}食品把干草送到{number}个农场。",
-            "{org}食品现在从国外买小麦。",
-        ),
-        voice=(
-            "{person}说面包会更贵。",
-            "农民现在就要水，{person}说。",
-            "{person}和农民一起走过田地。",
-        ),
-        outlook=(
-            "{place}的农民{day}和部长见面。",
-            "{org}食品将在{day}公布小麦价格。",
-            "送水车{day}以前到达{place}。",
-        ),
-    ),
-    "museum": Topic(
-        headlines=(
-            "{org}美术馆在{place}展出{number}幅名画",
-            "{number}幅失落名画在{place}展出",
-            "{place}{org}美术馆展出{number}幅名画",
-        ),
-        leads=(
-            "{place}{org}美术馆{day}展出{number}幅失落的名画，馆长{person}说。",
-            "{org}美术馆馆长{person}{day}在{place}展出{number}幅失落的名画。",
-            "{number}幅失落的名画{day}起在{place}{org}美术馆展出，馆长{person}说。",
-        ),
-        event=(
-            "{place}的观众要等一个小时才能进馆。",
-            "{number}幅名画是在旧屋里找到的。",
-            "很多国家的观众来到{place}看画。",
-        ),
-        detail=(
-            "{org}美术馆用手工清理了每个画框。",
-            "{org}美术馆日夜看守{number}幅名画。",
-            "{org}美术馆让孩子免费看画。",
-        ),
-        voice=(
-            "{person}说名画的颜色和新的一样。",
-            "名画是大家的，{person}说。",
-            "{person}为找画用了十年。",
-        ),
-        outlook=(
-            "{place}的画展{day}结束。",
-            "{org}美术馆从{day}起出售图册。",
-            "{person}将在{day}谈这些名画。",
-        ),
-    ),
-    "hospital": Topic(
-        headlines=(
-            "{org}医院在{place}新增{number}张床位",
-            "{place}{org}医院新增{number}张床位",
-            "{place}病人有了{number}张新床位",
-        ),
-        leads=(
-            "{org}医院{day}在{place}新增{number}张床位，医生{person}说。",
-            "医生{person}{day}宣布，{place}{org}医院新增{number}张床位。",
-            "{day}起{place}病人多了{number}张床位，{org}医院医生{person}说。",
-        ),
-        event=(
-            "{place}的病人以前要等几个月。",
-            "{number}张床位给心脏和肺病病人。",
-            "{place}的旧病房已经太小。",
-        ),
-        detail=(
-            "{org}医院还为病房招了护士。",
-            "{org}医院的{number}张床位来自捐款。",
-            "{org}医院的病房用太阳能供电。",
-        ),
-        voice=(
-            "{person}说护士会有更多时间。",
-            "每个病人都有一个窗户，{person}说。",
-            "{person}感谢护士们的耐心。",
-        ),
-        outlook=(
-            "{place}的首个病人{day}到达。",
-            "{org}医院{day}对观众开放。",
-            "{person}从{day}起在病房做手术。",
-        ),
-    ),
-}
+STORM = topic(
+    """\
+{place}暴雨{number}户被淹
+暴雨袭击{place}，{number}户进水
+{place}遭遇暴雨，{number}户家中进水
+
+{day}，暴雨淹没了{place}{number}户人家，{org}救援队队长{person}说。
+{org}救援队队长{person}{day}说，{place}有{number}户人家被暴雨淹没。
+{day}的暴雨使{place}{number}户人家进水，{org}救援队和队长{person}已经到达。
+
+夜里，{place}的街道水位不断上升。
+大风大雨损坏了河边的{number}户人家。
+天亮以前，{place}的河水冲出了河岸。
+
+{org}救援队用小船把居民送到高处。
+{org}救援队为{number}户人家开放了住处。
+{org}救援队正在为{number}户人家抽水。
+
+{person}说，最坏的时候已经过去。
+雨来得比预想的快，{person}说。
+{person}感谢帮忙装沙袋的居民。
+
+{place}的道路预计{day}重新开放。
+{org}救援队将在{day}检查河岸。
+{day}以前{place}可能还有大雨。
+"""
+)
+
+FOOTBALL = topic(
+    """\
+{org}足球队{place}取胜，积{number}分
+{place}一战取胜，{org}足球队积分到{number}分
+{org}足球队赢下{place}一战，已有{number}分
+
+{org}足球队{day}在{place}取胜，积分达到{number}分，教练{person}说。
+{day}在{place}的进球使教练{person}的{org}足球队积{number}分。
+教练{person}{day}带领{org}足球队在{place}取胜，积{number}分。
+
+{place}的球迷在下半场看到了两个进球。
+最后一分钟的头球决定了{place}的比赛。
+这场胜利使球队的积分达到{number}分。
+
+{org}足球队从一开始就控制了比赛。
+{org}足球队的门将救出了两个球。
+{org}足球队以{number}分排在第二位。
+
+{person}赛后表扬了年轻球员。
+球员们一直在跑动，{person}说。
+{person}说这是本赛季最好的比赛。
+
+{org}足球队的下一场比赛在{day}。
+球员们{day}回到{place}参加杯赛。
+{person}希望队长{day}能够上场。
+"""
+)
+
+ELECTION = topic(
+    """\
+{org}党以{number}票赢得{place}选举
+{place}选举：{org}党多得{number}票
+{number}票之差，{org}党赢下{place}
+
+{org}党{day}以{number}票之差赢得{place}选举，{person}将任市长。
+{day}，{org}党的{person}以{number}票之差当选{place}市长。
+{place}选民{day}以{number}票之差选{org}党的{person}任市长。
+
+{place}的官员把选票数了两次。
+{number}票是多年来最小的差距。
+{place}各个投票站前都排起长队。
+
+{org}党提出少收税、多建公园。
+{org}党的党员为{number}票的胜利欢呼。
+{org}党现在有市议会的多数席位。
+
+{person}说要做全体选民的市长。
+选民要的是改变，{person}说。
+{person}感谢对手公平竞选。
+
+{place}新的市议会{day}开会。
+{person}将在{day}宣誓任市长。
+{org}党将在{day}公布市议会名单。
+"""
+)
+
+FACTORY = topic(
+    """\
+{org}汽车在{place}新增{number}个岗位
+{place}汽车厂新增{number}个岗位
+{org}汽车{place}工厂要招{number}人
+
+{org}汽车将在{place}工厂新增{number}个岗位，厂长{person}{day}说。
+{org}汽车厂长{person}{day}宣布，{place}工厂新增{number}个岗位。
+{day}，厂长{person}宣布{org}汽车{place}工厂新增{number}个岗位。
+
+{place}工厂将生产电动汽车。
+{number}个岗位大多给技术工人。
+{place}工厂将开出第二条汽车生产线。
+
+{org}汽车去年的销量是历年最高。
+{org}汽车将自己培训{number}名工人。
+消息公布后，{org}汽车的股价上升。
+
+{person}说汽车的需求很大。
+好工人很难找到，{person}说。
+{person}说工厂的工资会很公平。
+
+{place}的工人从{day}起可以报名。
+{org}汽车将在{day}展出新车。
+{place}的工会{day}和{person}见面。
+"""
+)
+
+FIRE = topic(
+    """\
+{place}大楼起火，{number}家人撤离
+{place}大火，{number}家人离开大楼
+{number}家人逃出{place}起火大楼
+
+{place}一座大楼{day}起火，{number}家人撤离，{org}消防队长{person}说。
+{day}，{org}消防队和队长{person}从{place}起火大楼救出{number}家人。
+{org}消防队长{person}说，{number}家人{day}逃出{place}的起火大楼。
+
+整个{place}都能看到黑烟。
+大火从{place}大楼的一间厨房开始。
+{number}家人全部平安离开大楼。
+
+{org}消防队用了四个小时把火扑灭。
+{org}消防队的云梯到达了顶楼。
+{org}消防队为{number}家人找到了床位。
+
+{person}说起火原因是旧电器。
+烟雾报警器救了人，{person}说。
+{person}请居民不要走近大楼。
+
+{place}警方将在{day}检查大楼。
+{number}家人{day}可能回家。
+{org}消防队{day}以前检查全部报警器。
+"""
+)
+
+SCHOOL = topic(
+    """\
+{place}{org}中学新招{number}名教师
+{number}名教师来到{place}{org}中学
+{org}中学在{place}招来{number}名教师
+
+{place}{org}中学{day}新招{number}名教师，校长{person}说。
+校长{person}{day}在{place}欢迎{number}名教师来到{org}中学。
+{day}，{number}名教师来到{place}的{org}中学，校长{person}说。
+
+{place}的家长早就要求小班上课。
+{number}名教师将教科学和音乐。
+{place}的班级人数已经太多。
+
+{org}中学还买了图书和电脑。
+{org}中学的学生为{number}名教师画了画。
+{org}中学的考试成绩是全区最好的。
+
+{person}说每个学生会得到更多帮助。
+小班使学生快乐，{person}说。
+{person}带教师们看了图书馆。
+
+{place}的学校{day}重新上课。
+{org}中学{day}请全体家长来校。
+{person}将在{day}公布考试计划。
+"""
+)
+
+RAIL = topic(
+    """\
+{org}铁路在{place}加开{number}列火车
+{place}加开{number}列{org}火车
+{number}列新火车开到{place}
+
+{org}铁路从{day}起在{place}加开{number}列火车，经理{person}说。
+{org}铁路经理{person}宣布，{day}起{place}加开{number}列火车。
+{day}起{number}列火车停靠{place}，{org}铁路经理{person}说。
+
+{place}车站每天早上都坐满了人。
+{number}列火车早晚都会开出。
+{place}车站建成了一个新站台。
+
+{org}铁路的票价不变。
+{org}铁路用贷款买了{number}列火车。
+{org}铁路的司机在线路上练习了多日。
+
+{person}说晚点会很少。
+不该有人站着坐车，{person}说。
+{person}和旅客一起坐了首列火车。
+
+{place}的车票{day}开始出售。
+{org}铁路{day}以前公布时刻表。
+{place}一带的铁路工程{day}结束。
+"""
+)
+
+HARVEST = topic(
+    """\
+{place}大旱，{number}个农场受灾
+{place}{number}个农场小麦受灾
+大旱使{place}{number}个农场减产
+
+{place}{number}个农场遭遇大旱，{org}食品的{person}{day}说。
+{org}食品的{person}{day}说，{place}{number}个农场的小麦减产。
+{day}，{org}食品的{person}说要帮助{place}{number}个受旱农场。
+
+{place}一带的田地入夏就变黄。
+{number}个农场的小麦没有成熟就干了。
+{place}的水井差不多空了。
+
+{org}食品将给农民更高的价格。
+{org}食品把干草送到{number}个农场。
+{org}食品现在从国外买小麦。
+
+{person}说面包会更贵。
+农民现在就要水，{person}说。
+{person}和农民一起走过田地。
+
+{place}的农民{day}和部长见面。
+{org}食品将在{day}公布小麦价格。
+送水车{day}以前到达{place}。
+"""
+)
+
+MUSEUM = topic(
+    """\
+{org}美术馆在{place}展出{number}幅名画
+{number}幅失落名画在{place}展出
+{place}{org}美术馆展出{number}幅名画
+
+{place}{org}美术馆{day}展出{number}幅失落的名画，馆长{person}说。
+{org}美术馆馆长{person}{day}在{place}展出{number}幅失落的名画。
+{number}幅失落的名画{day}起在{place}{org}美术馆展出，馆长{person}说。
+
+{place}的观众要等一个小时才能进馆。
+{number}幅名画是在旧屋里找到的。
+很多国家的观众来到{place}看画。
+
+{org}美术馆用手工清理了每个画框。
+{org}美术馆日夜看守{number}幅名画。
+{org}美术馆让孩子免费看画。
+
+{person}说名画的颜色和新的一样。
+名画是大家的，{person}说。
+{person}为找画用了十年。
+
+{place}的画展{day}结束。
+{org}美术馆从{day}起出售图册。
+{person}将在{day}谈这些名画。
+"""
+)
+
+HOSPITAL = topic(
+    """\
+{org}医院在{place}新增{number}张床位
+{place}{org}医院新增{number}张床位
+{place}病人有了{number}张新床位
+
+{org}医院{day}在{place}新增{number}张床位，医生{person}说。
+医生{person}{day}宣布，{place}{org}医院新增{number}张床位。
+{day}起{place}病人多了{number}张床位，{org}医院医生{person}说。
+
+{place}的病人以前要等几个月。
+{number}张床位给心脏和肺病病人。
+{place}的旧病房已经太小。
+
+{org}医院还为病房招了护士。
+{org}医院的{number}张床位来自捐款。
+{org}医院的病房用太阳能供电。
+
+{person}说护士会有更多时间。
+每个病人都有一个窗户，{person}说。
+{person}感谢护士们的耐心。
+
+{place}的首个病人{day}到达。
+{org}医院{day}对观众开放。
+{person}从{day}起在病房做手术。
+"""
+)
 
 
 CHINESE = Lexicon(
@@ -350,7 +307,18 @@ CHINESE = Lexicon(
         ),
         "day": words("周一 周二 周三 周四 周五 周六 周日"),
     },
-    topics=_TOPICS,
+    topics={
+        "storm": STORM,
+        "football": FOOTBALL,
+        "election": ELECTION,
+        "factory": FACTORY,
+        "fire": FIRE,
+        "school": SCHOOL,
+        "rail": RAIL,
+        "harvest": HARVEST,
+        "museum": MUSEUM,
+        "hospital": HOSPITAL,
+    },
     fillers=(
         "观察人士说，事情就是这样。",
         "时间会说明一切。",

@@ -81,6 +81,18 @@ class Lexicon:
         return re.compile("".join(pieces))
 
 
+def topic(text: str) -> Topic:
+    """A topic from a list of templates, one a line.
+
+    Six groups with a blank line between them: headlines, leads, and a group for each of ``ROLES``.
+    """
+    groups = [tuple(group.splitlines()) for group in text.strip().split("\n\n")]
+    headlines, leads, event, detail, voice, outlook = groups
+    return Topic(
+        headlines=headlines, leads=leads, event=event, detail=detail, voice=voice, outlook=outlook
+    )
+
+
 def words(text: str) -> tuple[str, ...]:
     """The words of a text, for readable lists."""
     return tuple(text.split())
