@@ -26,11 +26,21 @@ class SupervisedConfig(StrictConfig):
 
     epochs: float = Field(1.0, gt=0, description="passes over the data; 0.5 is half of it")
     tokens_per_step: int = Field(8192, ge=1, description="padded tokens of one optimizer step")
-    tokens_per_micro_batch: int = Field(8192, ge=1, description="padded tokens held at once")
-    bf16: bool = Field(False, description="bfloat16 autocast")
+    tokens_per_micro_batch: int = Field(
+        8192, ge=1, description="padded tokens held at once; on CPU 4096 stays in the cache"
+    )
+    bf16: bool = Field(
+        False, description="bfloat16 autocast: for GPUs, and CPUs with avx512_bf16 or amx"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores")
     checkpoint_seconds: float = Field(120.0, gt=0, description="how often a stage saves its state")
     held_out_share: float = Field(0.05, gt=0, lt=1, description="share of the data kept for eval")
+    evaluations: int = Field(
+        4, ge=1, description="how often the held-out loss is measured, the last at the end"
+    )
+    overlong: Literal["skip", "error"] = Field(
+        "skip", description="examples beyond the context; pretraining cuts documents instead"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
