@@ -83,13 +83,20 @@ def stage_command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]]
         for option in reversed(
             (
                 click.option(
-                    "--config", "-c", type=click.Path(path_type=Path), required=True,
+                    "--config",
+                    "-c",
+                    type=click.Path(path_type=Path),
+                    required=True,
                     help="YAML file of the run; a run directory's config.yaml works too.",
                 ),
-                click.option("--resume", is_flag=True,
-                             help="Go on where an earlier run of this directory stopped."),
-                click.option("--overwrite", is_flag=True,
-                             help="Throw away what this stage wrote before."),
+                click.option(
+                    "--resume",
+                    is_flag=True,
+                    help="Go on where an earlier run of this directory stopped.",
+                ),
+                click.option(
+                    "--overwrite", is_flag=True, help="Throw away what this stage wrote before."
+                ),
                 click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]..."),
             )
         ):
@@ -100,8 +107,12 @@ def stage_command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]]
     return decorate
 
 
-def open_pipeline(config: Path, resume: bool, overwrite: bool, overrides: tuple[str, ...],
-                  ) -> Pipeline:
+def open_pipeline(
+    config: Path,
+    resume: bool,
+    overwrite: bool,
+    overrides: tuple[str, ...],
+) -> Pipeline:
     from cluster.config import load_config
     from cluster.pipeline import Pipeline
 
@@ -111,16 +122,32 @@ def open_pipeline(config: Path, resume: bool, overwrite: bool, overrides: tuple[
 
 
 @main.command("quickstart")
-@click.option("--run-dir", type=click.Path(path_type=Path), default=Path("runs/quickstart"),
-              show_default=True, help="Where everything is written.")
-@click.option("--language", type=click.Choice(["en", "zh"]), default="en", show_default=True,
-              help="Language of the generated newswire.")
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path),
+    default=Path("runs/quickstart"),
+    show_default=True,
+    help="Where everything is written.",
+)
+@click.option(
+    "--language",
+    type=click.Choice(["en", "zh"]),
+    default="en",
+    show_default=True,
+    help="Language of the generated newswire.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on where an earlier quickstart stopped.")
 @click.option("--overwrite", is_flag=True, help="Start anew in the same directory.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def quickstart(run_dir: Path, language: str, seed: int, resume: bool, overwrite: bool,
-               overrides: tuple[str, ...]) -> None:
+def quickstart(
+    run_dir: Path,
+    language: str,
+    seed: int,
+    resume: bool,
+    overwrite: bool,
+    overrides: tuple[str, ...],
+) -> None:
     """The whole loop on this machine in about ten minutes.
 
     A small language model is trained on a generated newswire, asked to continue headlines,
@@ -192,9 +219,14 @@ def ppo(**options: Any) -> None:
 
 
 @stage_command("evaluate")
-@click.option("--model", "models", multiple=True, metavar="NAME=DIR",
-              help="A checkpoint to compare; repeat it. The first is the baseline. "
-              "Default: sft and ppo of this run.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME=DIR",
+    help="A checkpoint to compare; repeat it. The first is the baseline. "
+    "Default: sft and ppo of this run.",
+)
 def evaluate(models: tuple[str, ...], **options: Any) -> None:
     """Compare checkpoints on held-out prompts.
 
@@ -211,20 +243,38 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
 
 
 @main.command("generate")
-@click.option("--model", type=click.Path(path_type=Path), required=True,
-              help="Hugging Face directory of the model.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Hugging Face directory of the model.",
+)
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeat it for several.")
-@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path),
-              help="File of prompts (JSONL, Parquet or CSV with a field `prompt`).")
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path),
+    help="File of prompts (JSONL, Parquet or CSV with a field `prompt`).",
+)
 @click.option("--limit", type=click.IntRange(1), help="Use at most so many prompts of the file.")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True)
-@click.option("-n", "samples", type=click.IntRange(1), default=1, show_default=True,
-              help="Samples of each prompt.")
+@click.option(
+    "-n",
+    "samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Samples of each prompt.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--chat", is_flag=True, help="Put prompts through the model's chat template.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
-              default="float32", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
 def generate(**options: Any) -> None:
     """Write texts with a model, as JSON lines on standard output.
 
@@ -237,11 +287,22 @@ def generate(**options: Any) -> None:
 
 
 @main.command("serve")
-@click.option("--model", "models", multiple=True, required=True, metavar="[NAME=]DIR",
-              help="Reward-model directory (RUN_DIR/reward_model); repeat it for several.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    required=True,
+    metavar="[NAME=]DIR",
+    help="Reward-model directory (RUN_DIR/reward_model); repeat it for several.",
+)
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True,
-              help="0 picks a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="0 picks a free one.",
+)
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True)
 def serve(models: tuple[str, ...], host: str, port: int, replicas: int) -> None:
     """Serve reward models over HTTP with Ray Serve until Ctrl-C.
@@ -265,8 +326,12 @@ def report(run_dir: Path) -> None:
 
 
 @main.command("doctor")
-@click.option("--config", "-c", type=click.Path(path_type=Path),
-              help="Also check what this configuration needs.")
+@click.option(
+    "--config",
+    "-c",
+    type=click.Path(path_type=Path),
+    help="Also check what this configuration needs.",
+)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def doctor(config: Path | None, overrides: tuple[str, ...]) -> None:
     """Say whether this machine can run it: packages, cores, memory, ports, accelerators."""

@@ -63,8 +63,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         "Ray and driver": RAY_GIB + DRIVER_GIB + config.cluster.object_store_gib,
         "engines": config.rollout.num_actors
         * (ENGINE_GIB + engine.kv_cache_gib + weights * BYTES[engine.dtype] / 4),
-        "reward service": SERVE_GIB
-        + config.reward.service.num_replicas * (REPLICA_GIB + weights),
+        "reward service": SERVE_GIB + config.reward.service.num_replicas * (REPLICA_GIB + weights),
     }
     if ppo is not None:
         # Policy and critic: weights, gradients and two moments each; the reference: weights.

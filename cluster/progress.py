@@ -99,4 +99,3 @@ class Reporter:
 def figures(metrics: Mapping[str, float]) -> str:
     """``loss 1.23  lr 0.001``: short enough for one line."""
     return "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-

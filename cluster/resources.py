@@ -68,9 +68,7 @@ def _init_arguments(cluster: ClusterConfig, cpus: float) -> dict[str, Any]:
     }
 
 
-def wait_for_room(
-    need: Mapping[str, float], timeout_s: float, say: Callable[[str], None]
-) -> None:
+def wait_for_room(need: Mapping[str, float], timeout_s: float, say: Callable[[str], None]) -> None:
     """Return when the cluster is large enough for ``need``.
 
     Raises:

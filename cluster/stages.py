@@ -111,8 +111,9 @@ def collect(work: Workplace) -> Summary:
 
 
 def reward(work: Workplace) -> Summary:
-    from cluster.judgement import open_store, reference_samples
     from learner.reward_model import train_reward_model
+
+    from cluster.judgement import open_store, reference_samples
 
     config = work.config
     assert config.reward_model is not None

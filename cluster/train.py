@@ -222,4 +222,3 @@ def sample_row(sample: Sample) -> dict[str, Any]:
         "policy_version": int(trajectory.policy_versions[-1]),
         **sample.measured,
     }
-

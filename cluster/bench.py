@@ -1,0 +1,337 @@
+"""``rlhf bench``: this system against its own floor, both measured in one run.
+
+Absolute times depend on the machine and on what else it does; the ratio of two measurements made
+minutes apart in one run hardly does. So every benchmark ends with a ratio.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.config import EngineConfig, RolloutConfig, SamplingConfig
+from actors.prompts import PromptStream
+from actors.trajectory import Prompt
+from cluster.config import RunConfig
+from cluster.progress import Reporter
+from cluster.session import Session, together
+from cluster.stop import StopRequest
+from cluster.train import Sample, train
+from learner.config import LearnersConfig, OptimizerConfig, PPOConfig
+from learner.group import PPOLearners
+from reward_service.config import RewardConfig, RewardServiceConfig, RewardTerm
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
+PHASES = ("generate", "learn", "broadcast")
+
+
+def run_benchmark(what: str, *, as_json: bool, repeats: int) -> None:
+    """Run one benchmark and print its table, or one JSON line."""
+    with tempfile.TemporaryDirectory(prefix="rlhf-bench-") as directory:
+        place = Path(directory)
+        result = {"ppo": bench_ppo, "weights": bench_weights, "start": bench_start}[what](
+            place, repeats
+        )
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        print(f"{name:<34} {value:.3f}" if isinstance(value, float) else f"{name:<34} {value}")
+
+
+def bench_ppo(place: Path, repeats: int) -> dict[str, Any]:
+    """One PPO iteration (generate, score, learn, broadcast) against bare vLLM and bare torch.
+
+    The floor is measured on the same prompts and batch: bare ``LLM.generate`` with one and with
+    two threads, and bare torch forwards, backwards and steps in float32 and in bfloat16; the best
+    of each counts. Scoring and the weight update have no floor: they are ours to pay.
+    """
+    model, reward_model = build_models(place, hidden=256, layers=6)
+    bf16 = cpu_has_bf16()
+    prompts = random_prompts()
+    floor = _floor(place, model, prompts)
+    config = _bench_config(place, model, reward_model, steps=repeats + 1, bf16=bf16)
+    steps = _run_steps(config, model, reward_model, prompts)[1:]
+    median = {phase: _median(steps, f"seconds/{phase}") for phase in (*PHASES, "step")}
+    inside = {
+        f"seconds_learn_{part}": _median(steps, f"ppo/seconds_{part}")
+        for part in ("annotate", "forward_backward", "optimizer")
+    }
+    floor_total = floor["generate"] + floor["learn"]
+    return {
+        "ratio_to_floor": median["step"] / floor_total,
+        "ratio_generate": median["generate"] / floor["generate"],
+        "ratio_learn": median["learn"] / floor["learn"],
+        "seconds_step": median["step"],
+        **{f"seconds_{phase}": median[phase] for phase in PHASES},
+        **inside,
+        "floor_seconds": floor_total,
+        "floor_seconds_generate": floor["generate"],
+        "floor_seconds_learn": floor["learn"],
+        "floor_settings": floor["settings"],
+        "response_tokens_per_second": _median(steps, "tokens/per_second"),
+        "engine_delta_mean_max": max(s["ppo/engine_delta_mean"] for s in steps),
+        "bf16_autocast": bf16,
+        "iterations": len(steps),
+    }
+
+
+def bench_weights(place: Path, repeats: int) -> dict[str, Any]:
+    """A verified weight update of a 25-million-parameter model against copying its bytes."""
+    model, _ = build_models(place, hidden=512, layers=8)
+    config = _bench_config(place, model, None, steps=1, bf16=False)
+    reporter = Reporter()
+    updates, copies, exports = [], [], []
+    with Session(config, reporter, StopRequest(reporter.say)) as session:
+        session.connect(learners=True)
+        pool, learners = together(
+            lambda: session.rollouts(model), lambda: _learners(config, model, None)
+        )
+        session.own(learners)
+        probe = [p.token_ids.tolist() for p in random_prompts()[:4]]
+        for version in range(1, repeats + 2):
+            started = time.perf_counter()
+            update = learners.export_weights(version, probe)
+            exports.append(time.perf_counter() - started)
+            pool.load(update)
+            updates.append(time.perf_counter() - started)
+            size = update.nbytes
+            copies.append(_copy_seconds(size))
+    ratios = [u / c for u, c in zip(updates[1:], copies[1:], strict=True)]
+    return {
+        "ratio_to_copy": statistics.median(ratios),
+        "megabytes": size / 1e6,
+        "seconds_update": statistics.median(updates[1:]),
+        "seconds_export": statistics.median(exports[1:]),
+        "seconds_copy": statistics.median(copies[1:]),
+    }
+
+
+def bench_start(place: Path, repeats: int) -> dict[str, Any]:
+    """Seconds from starting every part of a PPO run to its first finished sample."""
+    model, reward_model = build_models(place, hidden=256, layers=6)
+    prompts = random_prompts()
+    seconds = []
+    for _ in range(repeats):
+        config = _bench_config(place, model, reward_model, steps=1, bf16=False)
+        started = time.perf_counter()
+        reporter = Reporter()
+        with Session(config, reporter, StopRequest(reporter.say)) as session:
+            session.connect(learners=True)
+            pool, _, learners = together(
+                lambda s=session: s.rollouts(model),
+                lambda s=session, c=config: s.reward(c.reward_terms),
+                lambda c=config: _learners(c, model, reward_model),
+            )
+            session.own(learners)
+            next(pool.generate(prompts, config.sampling, run_seed=0, round_index=0))
+            seconds.append(time.perf_counter() - started)
+    return {"seconds_to_first_sample": statistics.median(seconds), "all": seconds}
+
+
+def build_models(place: Path, *, hidden: int, layers: int) -> tuple[Path, Path]:
+    """A random Llama with a tokenizer, and a random reward model of the same shape."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    from actors.fingerprint import template_fingerprint
+    from learner.tokenizer import train_tokenizer
+    from reward_service.encoding import RewardHead
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.02,
+        num_labels=1,
+    )
+    tokenizer = train_tokenizer(["benchmark"], 2048, context=512)
+    model, reward_model = place / f"model-{hidden}", place / f"reward-{hidden}"
+    LlamaForCausalLM(shape).save_pretrained(model)
+    LlamaForSequenceClassification(shape).save_pretrained(reward_model)
+    for directory in (model, reward_model):
+        tokenizer.save_pretrained(directory)
+    RewardHead(gain=1.0, bias=0.0, fingerprint=template_fingerprint(tokenizer)).save(reward_model)
+    return model, reward_model
+
+
+def random_prompts() -> list[Prompt]:
+    rng = np.random.default_rng(0)
+    return [
+        Prompt(
+            prompt_id=f"bench:{i}",
+            token_ids=rng.integers(3, 259, PROMPT_TOKENS).astype(np.int32),
+            text=f"benchmark {i}",
+        )
+        for i in range(PROMPTS)
+    ]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether bfloat16 matrix products have instructions of their own here."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+class _Log:
+    def __init__(self) -> None:
+        self.next_step = 0
+        self.steps: list[Mapping[str, float]] = []
+
+    def finish_step(
+        self,
+        step: int,  # noqa: ARG002  (the protocol's)
+        metrics: Mapping[str, float],
+        samples: Sequence[Sample],  # noqa: ARG002
+    ) -> None:
+        self.steps.append(metrics)
+
+
+def _run_steps(
+    config: RunConfig, model: Path, reward_model: Path, prompts: list[Prompt]
+) -> list[Mapping[str, float]]:
+    assert config.ppo is not None
+    reporter = Reporter()
+    log = _Log()
+    with Session(config, reporter, StopRequest(reporter.say)) as session:
+        session.connect(learners=True)
+        pool, reward, learners = together(
+            lambda: session.rollouts(model),
+            lambda: session.reward(config.reward_terms),
+            lambda: _learners(config, model, reward_model),
+        )
+        session.own(learners)
+        train(
+            config.ppo,
+            config.sampling,
+            prompts=PromptStream(prompts, PROMPTS, seed=0),
+            rollouts=pool,
+            reward=reward,
+            learners=learners,
+            log=log,
+            seed=0,
+            measure=lambda _: {},
+            stop=lambda: False,
+            progress=lambda *_: None,
+        )
+    return log.steps
+
+
+def _bench_config(
+    place: Path, model: Path, reward_model: Path | None, *, steps: int, bf16: bool
+) -> RunConfig:
+    cores = len(os.sched_getaffinity(0))
+    tiny = OptimizerConfig(learning_rate=1e-5, betas=(0.9, 0.999))
+    terms = (RewardTerm(name="reward", model=str(reward_model)),) if reward_model else ()
+    return RunConfig(
+        run_dir=place / "run",
+        model=str(model),
+        sampling=SamplingConfig(max_new_tokens=NEW_TOKENS),
+        rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=PROMPTS, threads=cores)),
+        reward=RewardConfig(
+            terms=terms or (RewardTerm(name="none", function="math:prod"),),
+            service=RewardServiceConfig(port=0, threads=cores),
+        ),
+        learners=LearnersConfig(num_learners=1, threads=cores),
+        ppo=PPOConfig(
+            steps=steps,
+            prompts_per_step=PROMPTS,
+            epochs=4,
+            minibatches=4,
+            bf16=bf16,
+            policy=tiny,
+            critic=tiny,
+        ),
+    )
+
+
+def _learners(config: RunConfig, model: Path, critic: Path | None) -> PPOLearners:
+    assert config.ppo is not None
+    return PPOLearners(
+        config.ppo,
+        config.learners,
+        policy_dir=model,
+        reference_dir=model,
+        critic_dir=critic,
+        temperature=1.0,
+        total_steps=config.ppo.steps,
+        seed=0,
+    )
+
+
+def _floor(place: Path, model: Path, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The best bare generation and the best bare learning, each in a process of its own."""
+    ids = [p.token_ids.tolist() for p in prompts]
+    cores = len(os.sched_getaffinity(0))
+    request = {"model": str(model), "prompts": ids, "new_tokens": NEW_TOKENS, "dtype": "float32"}
+    generations = {
+        threads: _bare("generate", place, request, threads) for threads in sorted({1, cores})
+    }
+    threads, best = min(generations.items(), key=lambda item: item[1]["seconds"])
+    request = {"model": str(model), "prompts": ids, "responses": best["responses"]}
+    learnings = {
+        bf16: _bare("learn", place, request | {"bf16": bf16}, cores)["seconds"]
+        for bf16 in (False, True)
+    }
+    bf16, learn = min(learnings.items(), key=lambda item: item[1])
+    return {
+        "generate": best["seconds"],
+        "learn": learn,
+        "settings": f"generation {threads} threads, learning {'bfloat16' if bf16 else 'float32'}",
+    }
+
+
+def _bare(what: str, place: Path, request: dict[str, Any], threads: int) -> dict[str, Any]:
+    path = place / "request.json"
+    path.write_text(json.dumps(request), encoding="utf-8")
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster.bench_floor", what, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env=environment,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"the floor ({what}) could not be measured: {done.stderr[-800:]}")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
+
+
+def _copy_seconds(size: int) -> float:
+    """Copying ``size`` bytes into memory that has never been touched."""
+    source = np.ones(size, np.uint8)
+    started = time.perf_counter()
+    source.copy()
+    return time.perf_counter() - started
+
+
+def _median(steps: Sequence[Mapping[str, float]], name: str) -> float:
+    return statistics.median(step[name] for step in steps)
