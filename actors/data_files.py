@@ -7,7 +7,6 @@ ValueError that begins with its name and, where there is one, the line.
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import json
 import re
@@ -49,7 +48,9 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
         ValueError: It cannot be read; the message names the file and the line.
     """
     if any(character in source for character in "*?"):
-        paths = sorted(Path(match) for match in glob.glob(source, recursive=True))
+        pattern = Path(source).expanduser()
+        root = Path(pattern.anchor)
+        paths = sorted(root.glob(str(pattern.relative_to(root))))
         if not paths:
             raise FileNotFoundError(f"{source}: no file matches this pattern")
         return chain.from_iterable(_read_file(path) for path in paths)

@@ -3,8 +3,6 @@
 Kept to few hundred different characters, so that a small byte-level vocabulary covers them.
 """
 
-# ruff: noqa: RUF001  (Chinese punctuation is meant)
-
 from __future__ import annotations
 
 from actors.newswire_lexicon import Lexicon, topic, words
