@@ -24,7 +24,7 @@ from actors.prompts import PromptStream
 from actors.trajectory import Prompt
 from cluster.config import RunConfig
 from cluster.progress import Reporter
-from cluster.session import Session, together
+from cluster.session import Session
 from cluster.stop import StopRequest
 from cluster.train import Sample, train
 from learner.config import LearnersConfig, OptimizerConfig, PPOConfig
@@ -93,17 +93,13 @@ def bench_weights(place: Path, repeats: int) -> dict[str, Any]:
     reporter = Reporter()
     updates, copies, exports = [], [], []
     with Session(config, reporter, StopRequest(reporter.say)) as session:
-        session.connect(learners=True)
-        pool, learners = together(
-            lambda: session.rollouts(model), lambda: _learners(config, model, None)
-        )
-        session.own(learners)
+        parts = session.parts(model, config.reward.terms, lambda: _learners(config, model, None))
         probe = [p.token_ids.tolist() for p in random_prompts()[:4]]
         for version in range(1, repeats + 2):
             started = time.perf_counter()
-            update = learners.export_weights(version, probe)
+            update = parts.learners.export_weights(version, probe)
             exports.append(time.perf_counter() - started)
-            pool.load(update)
+            parts.rollouts.load(update)
             updates.append(time.perf_counter() - started)
             size = update.nbytes
             copies.append(_copy_seconds(size))
@@ -121,20 +117,16 @@ def bench_start(place: Path, repeats: int) -> dict[str, Any]:
     """Seconds from starting every part of a PPO run to its first finished sample."""
     model, reward_model = build_models(place, hidden=256, layers=6)
     prompts = random_prompts()
+    config = _bench_config(place, model, reward_model, steps=1, bf16=False)
     seconds = []
     for _ in range(repeats):
-        config = _bench_config(place, model, reward_model, steps=1, bf16=False)
         started = time.perf_counter()
         reporter = Reporter()
         with Session(config, reporter, StopRequest(reporter.say)) as session:
-            session.connect(learners=True)
-            pool, _, learners = together(
-                lambda s=session: s.rollouts(model),
-                lambda s=session, c=config: s.reward(c.reward_terms),
-                lambda c=config: _learners(c, model, reward_model),
+            parts = session.parts(
+                model, config.reward.terms, lambda: _learners(config, model, reward_model)
             )
-            session.own(learners)
-            next(pool.generate(prompts, config.sampling, run_seed=0, round_index=0))
+            next(parts.rollouts.generate(prompts, config.sampling, run_seed=0, round_index=0))
             seconds.append(time.perf_counter() - started)
     return {"seconds_to_first_sample": statistics.median(seconds), "all": seconds}
 
@@ -220,20 +212,16 @@ def _run_steps(
     reporter = Reporter()
     log = _Log()
     with Session(config, reporter, StopRequest(reporter.say)) as session:
-        session.connect(learners=True)
-        pool, reward, learners = together(
-            lambda: session.rollouts(model),
-            lambda: session.reward(config.reward_terms),
-            lambda: _learners(config, model, reward_model),
+        parts = session.parts(
+            model, config.reward.terms, lambda: _learners(config, model, reward_model)
         )
-        session.own(learners)
         train(
             config.ppo,
             config.sampling,
             prompts=PromptStream(prompts, PROMPTS, seed=0),
-            rollouts=pool,
-            reward=reward,
-            learners=learners,
+            rollouts=parts.rollouts,
+            reward=parts.reward,
+            learners=parts.learners,
             log=log,
             seed=0,
             measure=lambda _: {},

@@ -96,12 +96,12 @@ def learn(
             mask[row, : len(rows[i]) - width] = True
         return ids, mask
 
-    def logprobs(network: Any, ids: torch.Tensor) -> torch.Tensor:
+    def logprobs(network: Any, ids: torch.Tensor) -> Any:
         hidden = network.model(input_ids=ids, use_cache=False).last_hidden_state[:, width - 1 : -1]
         logits = network.lm_head(hidden).float()
         return logits.log_softmax(-1).gather(-1, ids[:, width:, None]).squeeze(-1)
 
-    def values(ids: torch.Tensor) -> torch.Tensor:
+    def values(ids: torch.Tensor) -> Any:
         hidden = critic(input_ids=ids, use_cache=False).last_hidden_state[:, width - 1 : -1]
         return head(hidden).squeeze(-1).float()
 
@@ -126,7 +126,7 @@ def learn(
                 loss = (surrogate + 0.5 * (value - target - 1).square())[mask].mean()
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
                 torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
                 for optimizer in optimizers:

@@ -25,7 +25,7 @@ EXIT_STOPPED = 130
 class Group(click.Group):
     """Lists commands in the order of the loop, and turns errors into one message."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's)
         return list(self.commands)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -58,7 +58,7 @@ def describe(error: BaseException) -> str:
 @click.group(cls=Group, context_settings=CONTEXT)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.version_option(package_name="ray-rlhf", prog_name="rlhf")
-def main(debug: bool) -> None:
+def main(debug: bool) -> None:  # noqa: ARG001  (read from the context)
     """RLHF for language models on Ray, the whole way round.
 
     \b

@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from actors.prompts import PromptStream, tokenize_prompts
 from cluster.checkpoint import CheckpointStore
 from cluster.metrics import MetricsWriter
-from cluster.session import together
 from cluster.stages import Workplace
 from cluster.stop import Stopped
 from cluster.train import Sample, sample_row, train
@@ -80,14 +79,9 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
     prompts = tokenize_prompts(
         work.data.prompts(), AutoTokenizer.from_pretrained(policy), config.data
     )
-    work.session.connect(learners=True)
     work.reporter.say("starting vLLM, the reward service and the learners")
-    rollouts, reward, learners = together(
-        lambda: work.session.rollouts(policy),
-        lambda: work.session.reward(config.reward_terms),
-        lambda: start_learners(work),
-    )
-    work.session.own(learners)
+    parts = work.session.parts(policy, config.reward_terms, lambda: make_learners(work))
+    rollouts, learners = parts.rollouts, parts.learners
     start = 0
     if checkpoint is not None:
         learners.restore(checkpoint.path)
@@ -109,7 +103,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
             config.sampling,
             prompts=PromptStream(prompts, config.ppo.prompts_per_step, config.seed),
             rollouts=rollouts,
-            reward=reward,
+            reward=parts.reward,
             learners=learners,
             log=log,
             seed=config.seed,
@@ -127,7 +121,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
     return {"steps": config.ppo.steps}
 
 
-def start_learners(work: Workplace) -> PPOLearners:
+def make_learners(work: Workplace) -> PPOLearners:
     """Policy and reference from the policy model; the critic from a reward model of this run."""
     config = work.config
     assert config.ppo is not None

@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
 
 from actors.rollout import RolloutPool
 from cluster.config import RunConfig
 from cluster.progress import Reporter
 from cluster.resources import demand, ray_session, wait_for_room
 from cluster.stop import StopRequest
+from learner.group import PPOLearners
 from reward_service.config import RewardConfig, RewardTerm
 from reward_service.rewards import Reward, build_reward
 from reward_service.service import RewardService
-
-T = TypeVar("T")
 
 
 class Session:
@@ -90,19 +89,37 @@ class Session:
             self._service = service
             self._reporter.say(f"reward service: {service.url}")
         scorers = self._service.scorers() if self._service is not None else {}
-        service = self._config.reward.service
-        return build_reward(RewardConfig(terms=tuple(terms), service=service), scorers)
+        config = RewardConfig(terms=tuple(terms), service=self._config.reward.service)
+        return build_reward(config, scorers)
 
-    def own(self, resource: Any) -> None:
-        """End ``resource`` (by its ``shutdown``) with the session."""
-        self._stack.callback(resource.shutdown)
+    def parts(
+        self,
+        model: Path,
+        terms: Sequence[RewardTerm],
+        make_learners: Callable[[], PPOLearners],
+    ) -> Parts:
+        """Start everything that PPO needs, at once: most of it is imports in other processes.
+
+        Raises:
+            The first error of any part, once all have ended their start.
+        """
+        self.connect(learners=True)
+        with ThreadPoolExecutor(max_workers=3) as executor:
+            rollouts = executor.submit(self.rollouts, model)
+            reward = executor.submit(self.reward, terms)
+            learners = executor.submit(self._own, make_learners)
+        return Parts(rollouts=rollouts.result(), reward=reward.result(), learners=learners.result())
+
+    def _own(self, make_learners: Callable[[], PPOLearners]) -> PPOLearners:
+        learners = make_learners()
+        self._stack.callback(learners.shutdown)
+        return learners
 
 
-def together(*starts: Callable[[], T]) -> list[T]:
-    """Start several parts at once and wait for all; the first error wins once all have ended.
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What PPO works with; the session ends them."""
 
-    Starting is mostly imports in other processes, so the parts overlap even on two cores.
-    """
-    with ThreadPoolExecutor(max_workers=len(starts)) as executor:
-        futures = [executor.submit(start) for start in starts]
-    return [future.result() for future in futures]
+    rollouts: RolloutPool
+    reward: Reward
+    learners: PPOLearners
