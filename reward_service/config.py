@@ -86,6 +86,9 @@ class JudgeConfig(StrictConfig):
     )
     length_bias: float = Field(0.03, ge=0, description="spread of the favour per doubled length")
     tie_margin: float = Field(0.05, ge=0, description="differences below it are called a tie")
+    both_bad_below: float = Field(
+        0.2, description="of two that tie, both perceived below it are called both bad"
+    )
 
     @model_validator(mode="after")
     def _enough_judges(self) -> JudgeConfig:
