@@ -74,6 +74,16 @@ class SFTConfig(SupervisedConfig):
 class RewardModelConfig(SupervisedConfig):
     """Scalar-head reward model: Bradley-Terry on comparisons, squared error on ratings."""
 
+    held_out_share: float = Field(
+        0.2, gt=0, lt=1, description="share of the prompts kept to measure the accuracy on"
+    )
+    choosing_share: float = Field(
+        0.1, ge=0, lt=1,
+        description="share of the other prompts that chooses the best evaluation; 0 keeps the last",
+    )
+    strength_margin: float = Field(
+        0.0, ge=0, description="lead asked of the preferred response per grade of strength above 1"
+    )
     rating_weight: float = Field(1.0, ge=0, description="weight of the regression loss on ratings")
     normalize_samples: int = Field(
         256, ge=0, description="samples of the SFT model on which the output gets mean 0, std 1"

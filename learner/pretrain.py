@@ -20,15 +20,10 @@ from torch import Tensor
 
 from learner import hf_directory
 from learner.config import PretrainConfig
-from learner.stage import Ids, finish, identity_of, split
-from learner.supervised import (
-    IntArray,
-    OnStep,
-    TrainingResult,
-    pad_right,
-    train,
-)
+from learner.stage import finish, identity_of, split
+from learner.supervised import OnStep, TrainingResult, train
 from learner.supervised_losses import nll
+from learner.token_batches import Ids, IntArray, pad_right
 from learner.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,10 @@ from torch import Tensor
 from actors.trajectory import Demonstration, Message
 from learner import hf_directory
 from learner.config import SFTConfig
-from learner.stage import Ids, finish, identity_of, split
-from learner.supervised import IntArray, OnStep, TrainingResult, pad_right, train
+from learner.stage import finish, identity_of, split
+from learner.supervised import OnStep, TrainingResult, train
 from learner.supervised_losses import nll
+from learner.token_batches import Ids, IntArray, pad_right
 
 logger = logging.getLogger(__name__)
 
@@ -171,20 +172,22 @@ def encode_demonstration(
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
         if whole.startswith(prompt):
             response = whole[len(prompt) :]
-        prompt_ids = _without_eos(_encode(tokenizer, prompt, special=False), eos_ids)
-        response_ids = _after(tokenizer, prompt, prompt_ids, response, special=False)
-        response_ids = _up_to_eos(response_ids, eos_ids)
+        special = False  # the template has written BOS where the model wants one
     else:
-        prompt_ids = _without_eos(_encode(tokenizer, prompt, special=True), eos_ids)
-        response_ids = _after(tokenizer, prompt, prompt_ids, response, special=True)
-        response_ids = _without_eos(response_ids, eos_ids)
+        special = True
+    prompt_ids = _prompt_ids(tokenizer, prompt, special=special)
+    response_ids = _after(tokenizer, prompt, prompt_ids, response, special=special)
+    end = int(tokenizer.eos_token_id)
+    if messages:
+        response_ids = _up_to_eos(response_ids, eos_ids)
+    while response_ids and response_ids[-1] in eos_ids:
+        # The template may end turns with another EOS than the tokenizer's: that one is trained.
+        last = response_ids.pop()
+        end = last if messages else end
     if not prompt_ids:
         raise ValueError("a demonstration's prompt has no tokens: give it text")
-    if not response_ids or response_ids[-1] not in eos_ids:
-        response_ids = [*response_ids, int(tokenizer.eos_token_id)]
-    return Example(
-        ids=np.array([*prompt_ids, *response_ids], np.int32), prompt_length=len(prompt_ids)
-    )
+    ids = np.array([*prompt_ids, *response_ids, end], np.int32)
+    return Example(ids=ids, prompt_length=len(prompt_ids))
 
 
 def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
@@ -195,7 +198,7 @@ def _after(
     tokenizer: Any, prompt: str, prompt_ids: list[int], response: str, *, special: bool
 ) -> list[int]:
     """Ids of ``response`` behind ``prompt_ids``."""
-    whole = _encode(tokenizer, prompt + response, special=special)
+    whole = _prompt_ids(tokenizer, prompt + response, special=special)
     if whole[: len(prompt_ids)] == prompt_ids:
         return whole[len(prompt_ids) :]
     # A line break in front keeps tokenizers that prepend a space to every text from doing so here.
@@ -206,12 +209,15 @@ def _after(
     return _encode(tokenizer, response, special=False)
 
 
-def _without_eos(ids: list[int], eos_ids: frozenset[int]) -> list[int]:
-    """Without EOS at the end; a lone BOS that doubles as EOS stays."""
-    end = len(ids)
-    while end > 1 and ids[end - 1] in eos_ids:
-        end -= 1
-    return ids[:end]
+def _prompt_ids(tokenizer: Any, prompt: str, *, special: bool) -> list[int]:
+    """As ``actors.prompts`` encodes: no trailing EOS, and one BOS when the text spells it out."""
+    ids = _encode(tokenizer, prompt, special=special)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if special and len(ids) > 1 and ids[-1] == eos:
+        ids.pop()
+    if special and len(ids) > 1 and ids[0] == ids[1] == bos:
+        del ids[0]
+    return ids
 
 
 def _up_to_eos(ids: list[int], eos_ids: frozenset[int]) -> list[int]:

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from learner.config import SupervisedConfig
-from learner.supervised import IntArray, remove_state
-
-Ids = npt.NDArray[np.int32]
+from learner.supervised import remove_state
+from learner.token_batches import IntArray
 
 REPORT_FILE = "training_report.json"
 """Written last: a directory that has it is complete."""
@@ -28,7 +27,7 @@ def split(count: int, held_out_share: float, seed: int) -> tuple[IntArray, IntAr
     return np.sort(order[:held]), np.sort(order[held:])
 
 
-def identity_of(config: SupervisedConfig, seed: int, rows: Sequence[Ids]) -> str:
+def identity_of(config: SupervisedConfig, seed: int, rows: Sequence[npt.NDArray[Any]]) -> str:
     """Fingerprint of what decides the result, by which a state file is recognised."""
     settings = config.model_dump_json(exclude={"threads", "checkpoint_seconds"})
     digest = hashlib.sha256(f"{settings}/{seed}/{len(rows)}".encode())

@@ -52,6 +52,7 @@ def bradley_terry(
     return losses.sum() if weight is None else (losses * weight).sum()
 
 
-def rating_error(reward: Tensor, rating: Tensor) -> Tensor:
+def rating_error(reward: Tensor, rating: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """Half the squared error of rewards ``[n]`` against standardised ratings ``[n]``, summed."""
-    return 0.5 * (reward.float() - rating).square().sum()
+    errors = 0.5 * (reward.float() - rating).square()
+    return errors.sum() if weight is None else (errors * weight).sum()

@@ -1,0 +1,223 @@
+"""What judges said of pairs, and how often a scorer or another judge agrees with them.
+
+Comparisons become one :class:`JudgedPair` a pair. ``tie`` and ``both_bad`` both say that neither
+response is better: they count as half a vote for each in training, and are left out where
+agreement is counted. When a judge judged a pair more than once, the last judgement counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from actors.trajectory import Message
+from reward_service.comparison import Comparison, Rating
+
+FloatArray = npt.NDArray[np.float64]
+
+PREFERENCE: Mapping[str, float] = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
+"""Share of one judgement that is for response a."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """One judge's word on a pair."""
+
+    annotator_id: str
+    preference: float
+    strength: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedPair:
+    """A pair and all judgements of it."""
+
+    item_id: str
+    prompt_id: str
+    prompt: str
+    messages: tuple[Message, ...]
+    a: str
+    b: str
+    judgements: tuple[Judgement, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RatedResponse:
+    """A response and the mean of its ratings, over judges and criteria."""
+
+    item_id: str
+    prompt_id: str
+    prompt: str
+    response: str
+    mean: float
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """A share of ``n`` cases with its 95 % confidence interval; ``None`` when n is 0."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+def judged_pairs(comparisons: Sequence[Comparison]) -> list[JudgedPair]:
+    """One record a pair, in order of first appearance.
+
+    Raises:
+        ValueError: Two comparisons of one item id show different texts.
+    """
+    by_item: dict[str, dict[str, Comparison]] = {}
+    for comparison in comparisons:
+        judged = by_item.setdefault(comparison.pair.item_id, {})
+        for earlier in judged.values():
+            if earlier.pair != comparison.pair:
+                raise ValueError(
+                    f"item {comparison.pair.item_id!r} stands for two different pairs: give each "
+                    "pair an item_id of its own"
+                )
+            break
+        judged[comparison.annotator.annotator_id] = comparison
+    pairs = []
+    for item_id, judged in by_item.items():
+        pair = next(iter(judged.values())).pair
+        judgements = tuple(
+            Judgement(annotator_id=who, preference=PREFERENCE[c.choice], strength=c.strength)
+            for who, c in judged.items()
+        )
+        pairs.append(
+            JudgedPair(
+                item_id=item_id,
+                prompt_id=pair.prompt_id,
+                prompt=pair.prompt,
+                messages=pair.messages,
+                a=pair.a.text,
+                b=pair.b.text,
+                judgements=judgements,
+            )
+        )
+    return pairs
+
+
+def rated_responses(ratings: Sequence[Rating]) -> list[RatedResponse]:
+    """One record a response, in order of first appearance."""
+    groups: dict[tuple[str, str, str], list[Rating]] = defaultdict(list)
+    for rating in ratings:
+        groups[rating.prompt_id, rating.prompt, rating.response.text].append(rating)
+    return [
+        RatedResponse(
+            item_id=found[0].item_id,
+            prompt_id=prompt_id,
+            prompt=prompt,
+            response=response,
+            mean=float(np.mean([r.value for r in found])),
+            count=len(found),
+        )
+        for (prompt_id, prompt, response), found in groups.items()
+    ]
+
+
+def majority(judgements: Sequence[Judgement]) -> float | None:
+    """1.0 when more judges prefer a, 0.0 when more prefer b, ``None`` when neither leads."""
+    lead = sum(j.preference - 0.5 for j in judgements)
+    return None if lead == 0 else float(lead > 0)
+
+
+def majority_accuracy(pairs: Sequence[JudgedPair], differences: FloatArray) -> Share:
+    """How often a scorer prefers the majority's choice, with Wilson's interval.
+
+    Args:
+        pairs: Judged pairs; those without a majority are left out.
+        differences: ``[n]`` score of a minus score of b. A difference of 0 counts half.
+    """
+    hits = [
+        _hit(difference, choice)
+        for pair, difference in zip(pairs, differences, strict=True)
+        if (choice := majority(pair.judgements)) is not None
+    ]
+    return wilson(sum(hits), len(hits))
+
+
+def judgement_accuracy(pairs: Sequence[JudgedPair], differences: FloatArray, *, seed: int) -> Share:
+    """How often a scorer agrees with a single judgement, ties left out.
+
+    Judgements of one prompt depend on each other: the interval is a bootstrap over prompts.
+    """
+    by_prompt: dict[str, list[float]] = defaultdict(list)
+    for pair, difference in zip(pairs, differences, strict=True):
+        by_prompt[pair.prompt_id] += [
+            _hit(difference, j.preference) for j in pair.judgements if j.preference != 0.5
+        ]
+    return bootstrap([hits for hits in by_prompt.values() if hits], seed=seed)
+
+
+def judge_agreement(pairs: Sequence[JudgedPair], *, seed: int) -> Share:
+    """How often one judge agrees with the majority of the others (leave one out).
+
+    Cases are single judgements that are no tie, of pairs where the other judges have a majority.
+    """
+    by_prompt: dict[str, list[float]] = defaultdict(list)
+    for pair, judgement, others in _left_out(pairs):
+        by_prompt[pair.prompt_id].append(float(judgement.preference == others))
+    return bootstrap(list(by_prompt.values()), seed=seed)
+
+
+def accuracy_beside_judges(
+    pairs: Sequence[JudgedPair], differences: FloatArray, *, seed: int
+) -> Share:
+    """The scorer in the place of the judge left out: the same cases as ``judge_agreement``."""
+    difference_of = {pair.item_id: float(d) for pair, d in zip(pairs, differences, strict=True)}
+    by_prompt: dict[str, list[float]] = defaultdict(list)
+    for pair, _, others in _left_out(pairs):
+        by_prompt[pair.prompt_id].append(_hit(difference_of[pair.item_id], others))
+    return bootstrap(list(by_prompt.values()), seed=seed)
+
+
+def wilson(successes: float, n: int, z: float = 1.959964) -> Share:
+    """Wilson's score interval of a share (Wilson 1927)."""
+    if n == 0:
+        return Share(value=None, low=None, high=None, n=0)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Share(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+
+
+def bootstrap(groups: Sequence[Sequence[float]], *, seed: int, draws: int = 2000) -> Share:
+    """Mean over all cases, with a percentile interval from resampling whole groups."""
+    if not groups:
+        return Share(value=None, low=None, high=None, n=0)
+    sums = np.array([sum(group) for group in groups])
+    counts = np.array([len(group) for group in groups])
+    drawn = np.random.default_rng(seed).integers(len(groups), size=(draws, len(groups)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Share(
+        value=float(sums.sum() / counts.sum()),
+        low=float(low),
+        high=float(high),
+        n=int(counts.sum()),
+    )
+
+
+def _hit(difference: float, choice: float) -> float:
+    """1 when the sign of the difference is the choice's, 0 when not, 0.5 without difference."""
+    return 0.5 if difference == 0 else float((difference > 0) == (choice == 1.0))
+
+
+def _left_out(pairs: Sequence[JudgedPair]) -> list[tuple[JudgedPair, Judgement, float]]:
+    """(pair, the judgement left out, majority of the others) wherever both are no tie."""
+    found = []
+    for pair in pairs:
+        for index, judgement in enumerate(pair.judgements):
+            others = majority(pair.judgements[:index] + pair.judgements[index + 1 :])
+            if others is not None and judgement.preference != 0.5:
+                found.append((pair, judgement, others))
+    return found
