@@ -1,0 +1,268 @@
+"""How it came about, for the page: curves of every stage, judges and reward model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cluster.intervals import Estimate
+from cluster.panels import (
+    HEALTH,
+    LEARNED,
+    SUPERVISED,
+    Chart,
+    draw_panels,
+    draw_phases,
+    draw_unknown,
+)
+from cluster.plots import Band, Line, compact, line_chart
+from cluster.report_outcome import Interval, interval_row, span
+from cluster.run_files import RunFiles, SampleFile, finite
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SECTIONS = {
+    "pretrain": "pretrain",
+    "sft": "sft",
+    "collect": "collect",
+    "reward": "reward_model",
+    "ppo": "ppo",
+    "evaluate": "ppo",
+}
+"""Stage and the section of the configuration that makes it part of a run."""
+
+
+AGREEMENT: tuple[tuple[str, str, str, bool], ...] = (
+    ("percent", "Two judges say the same", "of the same pair", True),
+    ("alpha", "Krippendorff's alpha", "beyond chance; harsh when one choice is rare", False),
+    ("ac1", "Gwet's AC1", "beyond chance; mild when choices are even", False),
+    ("leave_one_out", "One judge and the majority of the others", "say the same", True),
+    ("majority_accuracy", "The majority and true quality", "prefer the same text", True),
+)
+"""Figures of the agreement report: key, label, explanation, whether it is a share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curves:
+    """Charts of one stage. ``others`` has what no panel is made for: (name, first, last)."""
+
+    title: str
+    stage: str
+    summary: str
+    charts: tuple[Chart, ...] = ()
+    health: tuple[Chart, ...] = ()
+    unknown: tuple[Chart, ...] = ()
+    others: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgreementRow:
+    label: str
+    value: str
+    explain: str = ""
+    interval: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Judges and reward model."""
+
+    sentence: str
+    rows: tuple[AgreementRow, ...]
+    judges: tuple[tuple[str, ...], ...]
+    intervals: tuple[Interval, ...]
+    curves: Curves
+    has_feedback: bool
+    has_report: bool
+
+
+def belongs(run: RunFiles, stage: str) -> bool:
+    """Whether the configuration makes ``stage`` part of this run; yes when there is none."""
+    return run.config is None or run.config.get(SECTIONS[stage]) is not None
+
+
+def ppo_section(run: RunFiles) -> Curves:
+    frame = run.metrics.get("ppo")
+    if frame is None:
+        return Curves(title="PPO", stage="ppo", summary="")
+    x_label = "PPO step"
+    target = run.setting("ppo.kl.target") if run.setting("ppo.kl.adaptive") else None
+    marks = {
+        "KL to the reference": ((float(target), "target"),) if target else (),
+        "Explained variance": ((0.0, "guessing the mean"),),
+        "Engine against learner": ((1e-4, "1e-4"),),
+    }
+    learned = draw_panels(frame, LEARNED, x_label=x_label, marks=marks)
+    spread = _score_quantiles(run.samples)
+    if spread is not None:
+        learned.append(spread)
+    health = draw_panels(frame, HEALTH, x_label=x_label, marks=marks)
+    phases = draw_phases(frame, x_label=x_label)
+    if phases is not None:
+        health.append(phases)
+    unknown, others = draw_unknown(frame, (*LEARNED, *HEALTH), x_label=x_label)
+    return Curves(
+        title="PPO",
+        stage="ppo",
+        summary=_progress(frame),
+        charts=tuple(learned),
+        health=tuple(health),
+        unknown=tuple(unknown),
+        others=tuple(others),
+    )
+
+
+def supervised_sections(run: RunFiles) -> list[Curves]:
+    """Base model and fine-tuning; a stage that the run does not have is left out."""
+    return [
+        _supervised(run, stage, directory, title)
+        for stage, directory, title in (
+            ("pretrain", "base", "Base model"),
+            ("sft", "sft", "Supervised fine-tuning"),
+        )
+        if belongs(run, stage) or directory in run.metrics
+    ]
+
+
+def judgement_section(run: RunFiles) -> Judgement | None:
+    """``None`` when the run neither collects judgements nor trains a reward model."""
+    if not (belongs(run, "collect") or belongs(run, "reward") or run.feedback or run.reward_model):
+        return None
+    feedback, report = run.feedback or {}, run.reward_model or {}
+    return Judgement(
+        sentence=str(feedback.get("summary") or ""),
+        rows=_agreement_rows(feedback),
+        judges=_judge_rows(feedback),
+        intervals=_accuracy(feedback, report),
+        curves=_supervised(run, "reward", "reward_model", "Reward model"),
+        has_feedback=run.feedback is not None,
+        has_report=run.reward_model is not None,
+    )
+
+
+def _supervised(run: RunFiles, stage: str, directory: str, title: str) -> Curves:
+    frame = run.metrics.get(directory)
+    if frame is None:
+        return Curves(title=title, stage=stage, summary="")
+    unknown, others = draw_unknown(frame, SUPERVISED, x_label="step")
+    return Curves(
+        title=title,
+        stage=stage,
+        summary=_progress(frame),
+        charts=tuple(draw_panels(frame, SUPERVISED, x_label="step")),
+        unknown=tuple(unknown),
+        others=tuple(others),
+    )
+
+
+def _progress(frame: pd.DataFrame) -> str:
+    """``40 steps`` or ``12 of 40 steps``."""
+    step = int(frame["step"].max())
+    total = int(frame["total"].iloc[-1]) if "total" in frame else step
+    return f"{step} steps" if step >= total else f"{step} of {total} steps"
+
+
+def _score_quantiles(samples: tuple[SampleFile, ...]) -> Chart | None:
+    """Median and the middle 80 % of the scores, from the samples written out."""
+    if len(samples) < 2:
+        return None
+    x = np.array([s.step for s in samples], dtype=float)
+    low, middle, high = np.array([np.quantile(s.scores(), [0.1, 0.5, 0.9]) for s in samples]).T
+    first, last = compact(float(middle[0])), compact(float(middle[-1]))
+    return Chart(
+        title="Spread of the scores",
+        explain="Median and the middle 80% of the samples written out. A band that closes means"
+        " that all responses come to score alike.",
+        svg=line_chart(
+            [Line(name="median", x=x, y=middle, dots=True)],
+            label=f"Scores by PPO step: median from {first} to {last}, with the middle 80%",
+            x_label="PPO step",
+            band=Band(x=x, low=low, high=high),
+        ),
+        first=first,
+        last=last,
+    )
+
+
+def _agreement_rows(feedback: Mapping[str, Any]) -> tuple[AgreementRow, ...]:
+    """The figures of the agreement report; one that could not be told is said to be so."""
+    rows = []
+    for name, label, explain, percent in AGREEMENT:
+        if name not in feedback:
+            continue
+        share = _share(feedback[name])
+        if share is None:
+            rows.append(AgreementRow(label=label, explain=explain, value="cannot be told"))
+            continue
+        value = f"{share.value:.0%}" if percent else f"{share.value:.2f}"
+        interval = span(share, percent=True) if percent else f"{share.low:.2f} to {share.high:.2f}"
+        rows.append(AgreementRow(label=label, explain=explain, value=value, interval=interval))
+    for name, label in (("comparisons", "Judgements"), ("items", "Pairs"), ("judges", "Judges")):
+        count = finite(feedback, name)
+        if count is not None:
+            rows.append(AgreementRow(label=label, value=f"{count:.0f}"))
+    return tuple(rows)
+
+
+def _judge_rows(feedback: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """One row a judge: name, judgements, with the others, first shown, longer, ties."""
+    judges = feedback.get("per_judge")
+    rows = []
+    for judge in judges if isinstance(judges, list) else []:
+        if not isinstance(judge, Mapping):
+            continue
+        shares = [_share(judge.get(k)) for k in ("with_the_others", "first_share", "longer_share")]
+        ties = finite(judge, "tie_share")
+        rows.append(
+            (
+                str(judge.get("judge", "")),
+                f"{finite(judge, 'judgements') or 0:.0f}",
+                *("" if s is None else f"{s.value:.0%} ({span(s, percent=True)})" for s in shares),
+                "" if ties is None else f"{ties:.0%}",
+            )
+        )
+    return tuple(rows)
+
+
+def _accuracy(feedback: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[Interval, ...]:
+    """The reward model's accuracy beside the judges' agreement and the length baseline."""
+    rows = []
+    for source, names, label, colour in (
+        (report, ("held_out_accuracy", "accuracy"), "Reward model, held-out pairs", "after"),
+        (
+            report,
+            ("judge_agreement", "annotator_agreement"),
+            "One judge, against the others",
+            "third",
+        ),
+        (feedback, ("leave_one_out",), "One judge, ties included", "third"),
+        (report, ("length_baseline",), "Preferring the longer text", "fifth"),
+        (feedback, ("majority_accuracy",), "Majority of judges, against the truth", "before"),
+    ):
+        share = next((s for n in names if (s := _share(source.get(n))) is not None), None)
+        if share is not None:
+            rows.append(interval_row(label, share, colour))
+    return tuple(rows)
+
+
+def _share(value: Any) -> Estimate | None:
+    """A share from ``{"value", "low", "high", "n"}``, or from a bare number."""
+    if isinstance(value, Mapping):
+        middle = finite(value, "value")
+        low, high, n = finite(value, "low"), finite(value, "high"), finite(value, "n")
+    else:
+        middle = finite({"value": value}, "value")
+        low, high, n = None, None, None
+    if middle is None:
+        return None
+    return Estimate(
+        value=middle,
+        low=middle if low is None else low,
+        high=middle if high is None else high,
+        n=int(n or 0),
+        method="bootstrap",
+    )
