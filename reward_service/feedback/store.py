@@ -32,7 +32,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
 
 from reward_service.comparison import Annotator, Candidate, Comparison, Pair, Rating
 
@@ -120,7 +120,13 @@ class FeedbackStore:
             Path(text).parent.mkdir(parents=True, exist_ok=True)
             url = make_url("sqlite://").set(database=text)
         self._shown = url.render_as_string(hide_password=True)
-        self._engine = create_engine(url)
+        try:
+            self._engine = create_engine(url)
+        except (ArgumentError, ModuleNotFoundError) as error:
+            raise ValueError(
+                f"{self._shown} cannot be used as a database: {error}: check the URL, and that "
+                "its driver is installed"
+            ) from None
         if url.get_backend_name() == "sqlite":
             event.listen(self._engine, "connect", _configure_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
