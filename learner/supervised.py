@@ -337,7 +337,7 @@ class _Loop:
             return
         try:
             state = torch.load(self.state_path, weights_only=True, map_location=self.device)
-        except (RuntimeError, EOFError, OSError) as error:
+        except Exception as error:  # a torn file fails in many ways, all of them the same to us
             raise ValueError(
                 f"{self.state_path} cannot be read, so this training cannot be resumed: start it "
                 "again without resume"
