@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,19 @@ __all__ = ["PromptStream", "render_prompt", "template_fingerprint", "tokenize_pr
 logger = logging.getLogger(__name__)
 
 
-def render_prompt(raw: RawPrompt, tokenizer: Any, *, chat_template: bool = False) -> str:
+def render_prompt(raw: RawPrompt, tokenizer: Any) -> str:
     """The text that a prompt is encoded from.
 
-    A dialogue goes through the tokenizer's chat template, up to where the assistant's turn
-    starts. A plain text stays as it is, or becomes a user's turn when ``chat_template`` is set.
+    A plain text is itself. A dialogue goes through the tokenizer's chat template, up to where the
+    assistant's turn starts.
 
     Raises:
         ValueError: The tokenizer has no chat template, or the template refuses the dialogue.
     """
     from jinja2.exceptions import TemplateError
 
-    if not raw.messages and not chat_template:
+    if not raw.messages:
         return raw.text
-    messages = raw.messages or (Message(role="user", content=raw.text),)
     if not tokenizer.chat_template:
         raise ValueError(
             f"prompt {raw.prompt_id!r} is a dialogue but the tokenizer has no chat template: use a "
@@ -43,7 +43,7 @@ def render_prompt(raw: RawPrompt, tokenizer: Any, *, chat_template: bool = False
         )
     try:
         rendered: str = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+            list(raw.messages), tokenize=False, add_generation_prompt=True
         )
     except TemplateError as error:
         raise ValueError(
@@ -57,7 +57,8 @@ def tokenize_prompts(raw: Sequence[RawPrompt], tokenizer: Any, config: DataConfi
 
     A plain text gets the special tokens that the tokenizer adds by itself (a BOS, usually),
     except for a trailing EOS, which would end the text before it began. A rendered dialogue gets
-    none: its template has written them.
+    none: its template has written them. With ``config.chat_template`` a plain text is a dialogue
+    of one user's turn.
 
     Args:
         raw: Prompts with unique ids.
@@ -73,13 +74,16 @@ def tokenize_prompts(raw: Sequence[RawPrompt], tokenizer: Any, config: DataConfi
     prompts: list[Prompt] = []
     seen: set[str] = set()
     overlong = 0
-    for prompt in raw:
+    for given in raw:
+        prompt = given
         if prompt.prompt_id in seen:
             raise ValueError(f"prompt id {prompt.prompt_id!r} occurs twice: ids must be unique")
         seen.add(prompt.prompt_id)
-        dialogue = bool(prompt.messages) or config.chat_template
-        text = render_prompt(prompt, tokenizer, chat_template=config.chat_template)
-        ids = _encode(text, tokenizer, special=not dialogue)
+        if config.chat_template and not prompt.messages:
+            user = Message(role="user", content=prompt.text)
+            prompt = replace(prompt, text="", messages=(user,))
+        text = render_prompt(prompt, tokenizer)
+        ids = _encode(text, tokenizer, special=not prompt.messages)
         if len(ids) > config.max_prompt_tokens:
             overlong += 1
             if config.overlong_prompts == "error":
