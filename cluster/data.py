@@ -18,6 +18,7 @@ from actors.datasets import (
 from actors.newswire import Newswire, generate_newswire, true_quality
 from actors.trajectory import Demonstration, Trajectory
 from cluster.config import RunConfig
+from reward_service.function import RewardFunction
 
 
 class RunData:
@@ -83,21 +84,27 @@ class RunData:
         quality = true_quality(trajectory.prompt.meta, trajectory.response_text)
         return {"true_quality": quality.score, "good": float(quality.good)}
 
-    def judged_quality(
-        self, function: Callable[..., float] | None
-    ) -> Callable[[RawPrompt, str], float]:
-        """What simulated judges perceive, before their noise and biases."""
-        if function is not None:
-            return lambda prompt, response: float(
-                function(prompt=prompt.text, response=response, meta=dict(prompt.meta))
-            )
-        if not self.has_true_quality:
-            raise ValueError(
-                "simulated judges need something to judge by, and this data has no true quality: "
-                "set collect.quality to package.module:function, or collect.source to "
-                "demonstrations or preferences"
-            )
-        return lambda prompt, response: graded_quality(prompt.meta, response)
+
+def judged_quality(data: RunData, function: str | None) -> Callable[[RawPrompt, str], float]:
+    """What simulated judges perceive, before their noise and biases.
+
+    Args:
+        function: ``package.module:function``, called as a reward function is, without
+            token ids; ``None`` for the data's true quality.
+
+    Raises:
+        ValueError: There is neither a function nor a true quality.
+    """
+    if function is not None:
+        judge = RewardFunction.load(function)
+        return lambda prompt, response: float(judge.of_text(prompt.text, response, prompt.meta))
+    if not data.has_true_quality:
+        raise ValueError(
+            "simulated judges need something to judge by, and this data has no true quality: "
+            "set collect.quality to package.module:function, or collect.source to "
+            "demonstrations or preferences"
+        )
+    return lambda prompt, response: graded_quality(prompt.meta, response)
 
 
 def graded_quality(meta: Mapping[str, Any], response: str) -> float:

@@ -53,6 +53,8 @@ class Chart:
     unit: str = ""
     legend: tuple[tuple[str, str], ...] = ()
     """(name, colour variable) of each curve when there are several."""
+    flat: bool = False
+    """Nothing moved: worth a line of text, not a chart."""
 
 
 LEARNED: tuple[Panel, ...] = (
@@ -270,6 +272,7 @@ def draw_panels(
                 last=last,
                 unit=panel.unit,
                 legend=_legend([(line.name, line.colour) for line in lines]),
+                flat=all(_is_flat(line.y) for line in lines) and len(frame) > 2,
             )
         )
     return charts
@@ -372,6 +375,11 @@ def _ends(y: Array, percent: bool) -> tuple[str, str]:
     ends = float(y[:count].mean()), float(y[-count:].mean())
     first, last = (f"{100 * v:.0f}%" if percent else compact(v) for v in ends)
     return first, last
+
+
+def _is_flat(y: Array) -> bool:
+    y = y[np.isfinite(y)]
+    return bool(np.ptp(y) <= 1e-6 * max(1.0, float(np.abs(y).max())))
 
 
 def _legend(entries: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

@@ -193,7 +193,7 @@ def clean_axes(axes: Any, theme: dict[Colour, str]) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(theme["grid"])
-    axes.tick_params(length=0, labelcolor=theme["muted"], labelsize=10.5, pad=4)
+    axes.tick_params(which="both", length=0, labelcolor=theme["muted"], labelsize=10.5, pad=4)
     axes.grid(axis="y", color=theme["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
 
@@ -242,20 +242,29 @@ def _pad_limits(axes: Any, *, log: bool) -> None:
 
 
 def _format_axes(axes: Any, *, percent: bool = False, log: bool = False) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: compact(v)))
+    low, high = axes.get_ylim()
     if log:
-        axes.yaxis.set_major_locator(LogLocator(numticks=6))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0e}".replace("e-0", "e-")))
+        wide = high > 100 * low
+        subs = (1.0,) if wide else (1.0, 2.0, 5.0)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=5 if wide else 9))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: _log_label(v)))
         return
-    axes.yaxis.set_major_locator(MaxNLocator(4))
     if percent:
+        # The view, not the data, would pass 0 and 100 %.
+        axes.set_ylim(max(low, 0.0), min(high, 1.0))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.3g}%"))
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: compact(v)))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _log_label(value: float) -> str:
+    return compact(value) if 1e-3 <= value < 1e6 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def compact(value: float) -> str:

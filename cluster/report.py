@@ -142,20 +142,21 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
             (get("ppo.epochs"), "epochs"), (get("ppo.minibatches"), "minibatches"),
         )),
         ("KL", _join(
-            (get("ppo.kl.coef"), f"in the {get('ppo.kl.where')}"),
+            (_named("coefficient", get("ppo.kl.coef")), ""),
+            (_named("in the", get("ppo.kl.where")), ""),
             ("adaptive" if get("ppo.kl.adaptive") else None, ""),
         )),
         ("Learning rate", _join(
-            (get("ppo.policy.learning_rate"), "policy"),
-            (get("ppo.critic.learning_rate"), "critic"),
+            (_named("policy", get("ppo.policy.learning_rate")), ""),
+            (_named("critic", get("ppo.critic.learning_rate")), ""),
         )),
         ("Sampling", _join(
             (get("sampling.max_new_tokens"), "tokens at most"),
-            (get("sampling.temperature"), "temperature"),
-            (get("sampling.samples_per_prompt"), "a prompt"),
+            (_named("temperature", get("sampling.temperature")), ""),
+            (get("sampling.samples_per_prompt"), "samples a prompt"),
         )),
         ("Workers", _join(
-            (get("rollout.num_actors"), "vLLM engines"), (get("learners.num_learners"), "learners"),
+            (get("rollout.num_actors"), "engines (vLLM)"), (get("learners.num_learners"), "learners"),
         )),
         ("Seed", None if get("seed") is None else str(get("seed"))),
     ]  # fmt: skip
@@ -184,8 +185,18 @@ def packages() -> list[tuple[str, str]]:
 
 
 def _join(*parts: tuple[Any, str]) -> str | None:
-    shown = [f"{value} {word}".strip() for value, word in parts if value is not None]
+    shown = []
+    for value, word in parts:
+        if value is not None:
+            noun, _, rest = word.partition(" ")
+            if value == 1 and noun.endswith("s"):  # "1 learners"
+                word = f"{noun.removesuffix('s')} {rest}"
+            shown.append(f"{value} {word}".strip())
     return ", ".join(shown) or None
+
+
+def _named(word: str, value: Any) -> str | None:
+    return None if value is None else f"{word} {value}"
 
 
 def _model(run: RunFiles) -> str | None:

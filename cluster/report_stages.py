@@ -94,7 +94,7 @@ def ppo_section(run: RunFiles) -> Curves:
     marks = {
         "KL to the reference": ((float(target), "target"),) if target else (),
         "Explained variance": ((0.0, "guessing the mean"),),
-        "Engine against learner": ((1e-4, "1e-4"),),
+        "Engine against learner": ((1e-4, "limit of the mean"),),
     }
     learned = draw_panels(frame, LEARNED, x_label=x_label, marks=marks)
     spread = _score_quantiles(run.samples)

@@ -102,9 +102,9 @@ def sft(work: Workplace) -> Summary:
 
 
 def collect(work: Workplace) -> Summary:
-    from cluster.judgement import collect_judgements
+    from cluster.judgement import judge
 
-    report = collect_judgements(work)
+    report = judge(work)
     path = work.run_dir / "feedback.json"
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     return {"comparisons": report.get("comparisons"), "summary": report.get("summary")}

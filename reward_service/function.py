@@ -6,7 +6,7 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,25 @@ class RewardFunction:
         return cls(function)
 
     def __call__(self, trajectory: Trajectory) -> Any:
-        return self._function(
-            prompt=trajectory.prompt.text,
-            response=trajectory.response_text,
+        """What it says of a sample."""
+        return self.of_text(
+            trajectory.prompt.text,
+            trajectory.response_text,
+            trajectory.prompt.meta,
             response_ids=trajectory.response_ids.tolist(),
-            meta=dict(trajectory.prompt.meta),
+        )
+
+    def of_text(
+        self,
+        prompt: str,
+        response: str,
+        meta: Mapping[str, Any],
+        *,
+        response_ids: Sequence[int] = (),
+    ) -> Any:
+        """What it says of a text; judges know no token ids."""
+        return self._function(
+            prompt=prompt, response=response, response_ids=list(response_ids), meta=dict(meta)
         )
 
 
