@@ -225,8 +225,12 @@ def _error(status: int, code: str, message: str, param: str, retry_after_s: int)
     )
 
 
-async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
+async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    if "json" not in request.headers.get("content-type", ""):
+        return _error(
+            415, "not_json", "send the body as JSON, with Content-Type: application/json", "", 0
+        )
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return _error(400, "invalid_json", "the body is not valid JSON", "", 0)

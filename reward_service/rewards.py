@@ -327,9 +327,13 @@ def scoring_failure(trajectory: Trajectory, reason: str) -> SampleFailure:
 
 def _to_score(trajectory: Trajectory, value: object) -> Score:
     """What a function returned as a Score. Raises ValueError or TypeError when it is neither."""
-    array = np.asarray(value, np.float64) if value is not None else None
-    if array is None or isinstance(value, bool | str) or array.ndim > 1:
+    if value is None or isinstance(value, bool | str):
         raise TypeError(f"it must return a number or a list of numbers, not {type(value).__name__}")
+    array = np.asarray(value, np.float64)
+    if array.ndim > 1:
+        raise TypeError(
+            f"it must return a number or a list of numbers, not {array.ndim} dimensions"
+        )
     if not np.isfinite(array).all():
         raise ValueError(f"it returned {'a list with ' if array.ndim else ''}NaN or infinity")
     if array.ndim == 0:
