@@ -1,8 +1,7 @@
-"""A generation engine: the protocol that rollout actors drive, and vLLM behind it.
+"""vLLM as a generation engine.
 
-The engine is synchronous and belongs to one thread: ``add`` requests, ``step`` until they are
-finished, ``load`` new weights between steps. vLLM runs inside this process (no children), so a
-weight update is an ordinary call between two steps.
+vLLM runs inside this process (no children), so a weight update is an ordinary call between two
+steps: ``add`` requests, ``step`` until they are finished, ``load`` new weights.
 
 An engine generates only from weights that it has confirmed. ``load`` checks every tensor's
 checksum, loads through vLLM's weight-transfer interface, drops the prefix cache and then proves
@@ -17,13 +16,14 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 
 from actors.config import EngineConfig
+from actors.generation import Completion, ControlCall, EngineLost, SampleRequest, check_prompt
+from actors.head_padding import HeadPadding, head_padding
 from actors.trajectory import Float32Array, Int32Array
 from actors.weights import (
     Probe,
@@ -31,100 +31,14 @@ from actors.weights import (
     WeightError,
     WeightUpdate,
     checkpoint_shapes,
+    read_checkpoint,
     require_same_shapes,
     tensors_of,
 )
 
-ControlCall = Literal[
-    "init_weight_transfer_engine",
-    "start_weight_update",
-    "update_weights",
-    "finish_weight_update",
-]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class SampleRequest:
-    """One response to sample.
-
-    Attributes:
-        request_id: Unique among the requests in flight.
-        token_ids: ``[P]`` prompt.
-        temperature: 0 is greedy.
-        seed: Of this one sample, 0 <= seed < 2**63.
-    """
-
-    request_id: str
-    token_ids: Int32Array
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Completion:
-    """A finished response.
-
-    Attributes:
-        token_ids: ``[R]`` with the EOS token when one was sampled.
-        logprobs: ``[R]`` log-probability of each id at the sampling temperature; greedy ones
-            at temperature 1.
-        version: Weight version that produced it.
-        text: Decoded without special tokens; empty in an engine, filled in by the actor.
-    """
-
-    request_id: str
-    token_ids: Int32Array
-    logprobs: Float32Array
-    finish_reason: Literal["stop", "length"]
-    version: int
-    text: str = ""
-
-
-class EngineLost(RuntimeError):
-    """The engine failed while it worked; nothing but a new process mends it."""
-
-
-class Engine(Protocol):
-    """What a rollout actor needs of an engine. Not thread-safe."""
-
-    @property
-    def version(self) -> int:
-        """Version of the weights last loaded, whether confirmed or not."""
-        ...
-
-    @property
-    def context_length(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step would do anything."""
-        ...
-
-    def add(self, request: SampleRequest) -> None: ...
-
-    def step(self) -> list[Completion]: ...
-
-    def abort(self, request_ids: Sequence[str]) -> None: ...
-
-    def load(self, update: WeightUpdate, tolerance: float) -> UpdateConfirmation: ...
-
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Float32Array]: ...
-
-    def control(self, call: ControlCall, payload: Mapping[str, Any]) -> None: ...
-
-    def confirm(
-        self, version: int, probe: Probe | None, tolerance: float
-    ) -> tuple[float, float]: ...
-
-    def shutdown(self) -> None: ...
-
 
 class VLLMEngine:
-    """vLLM's ``LLMEngine`` in this process.
+    """vLLM's ``LLMEngine``; follows :class:`actors.generation.Engine`.
 
     Args:
         model_dir: Hugging Face directory with safetensors weights.
@@ -133,7 +47,7 @@ class VLLMEngine:
 
     Raises:
         FileNotFoundError: ``model_dir`` is not a checkpoint.
-        RuntimeError: vLLM is not installed.
+        RuntimeError: vLLM is not installed, or cannot serve the model.
     """
 
     def __init__(
@@ -147,19 +61,21 @@ class VLLMEngine:
         self.name = name
         self._eos = list(eos_token_ids)
         self._shapes = checkpoint_shapes(model_dir)
-        self._llm = _build(model_dir, config)
+        self._llm, self._padding = _build(model_dir, config)
         model_config = self._llm.model_config
         self._context_length = int(model_config.max_model_len)
         self._vocab_size = int(model_config.get_vocab_size())
         tied = bool(getattr(model_config.hf_text_config, "tie_word_embeddings", False))
         self._optional = ("lm_head.weight",) if tied else ()
         self._version = 0
-        # Why nothing may be generated now; None when the weights are confirmed.
+        # Why nothing may be generated now; None while the weights are confirmed.
         self._refusal: str | None = None
         self._finished: list[Completion] = []
+        self._scoring: dict[str, int] = {}  # last id of each sequence being scored
         self._scored: dict[str, Float32Array] = {}
-        self._scoring: dict[str, int] = {}
-        self._counter = itertools.count()
+        self._batches = itertools.count()
+        if self._padding is not None:  # built with placeholders
+            self.load(read_checkpoint(model_dir, version=0), tolerance=0.0)
 
     @property
     def version(self) -> int:
@@ -178,12 +94,6 @@ class VLLMEngine:
         return bool(self._llm.has_unfinished_requests()) or bool(self._finished)
 
     def add(self, request: SampleRequest) -> None:
-        """Queue one sample.
-
-        Raises:
-            ValueError: an id is outside the vocabulary, or the prompt leaves no room.
-            WeightError: the engine has not confirmed its weights.
-        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -202,52 +112,31 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        self._llm.add_request(request.request_id, _tokens(request.token_ids), params)
+        self._llm.add_request(request.request_id, _as_prompt(request.token_ids), params)
 
     def step(self) -> list[Completion]:
-        """Decode one token of every running request; returns what finished by it."""
         self._advance()
         finished, self._finished = self._finished, []
         return finished
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """Forget requests; unknown ids are ignored."""
         self._llm.abort_request(list(request_ids))
         gone = set(request_ids)
         self._finished = [c for c in self._finished if c.request_id not in gone]
 
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Float32Array]:
-        """``[T_s - 1]`` log-probabilities, at temperature 1, of ids 1, 2, ... of each sequence.
-
-        Raises:
-            ValueError: a sequence has fewer than two ids, more than the context holds, or an id
-                outside the vocabulary.
-            WeightError: the engine has not confirmed its weights.
-        """
         self._require_confirmed()
         return self._score(sequences)
 
     def load(self, update: WeightUpdate, tolerance: float) -> UpdateConfirmation:
-        """Make ``update``, whose tensors must be here, the weights that are generated from.
-
-        Raises:
-            WeightError: a tensor is corrupt or of another architecture (the engine keeps its old
-                weights but refuses to generate), or the probe disagrees by more than
-                ``tolerance`` nats. Either way a good update mends it.
-            RuntimeError: requests are in flight.
-            EngineLost: vLLM failed while loading.
-        """
-        if self.busy:
-            raise RuntimeError(
-                f"{self.name} cannot load weights with"
-                f" {self._llm.get_num_unfinished_requests()} requests in flight: finish or abort"
-                " them first"
-            )
+        self._require_idle()
         self._refusal = f"weight update {update.version} was begun and not confirmed"
         started = time.perf_counter()
         require_same_shapes(update, self._shapes, self._optional)
         tensors = tensors_of(update)
         verified = time.perf_counter()
+        if self._padding is not None:
+            tensors = self._padding(tensors)
         self.control("start_weight_update", {})
         self.control("update_weights", {"tensors": tensors})
         self.control("finish_weight_update", {})
@@ -264,10 +153,10 @@ class VLLMEngine:
         )
 
     def control(self, call: ControlCall, payload: Mapping[str, Any]) -> None:
-        """One call of vLLM's weight-transfer interface; ``confirm`` must follow the last."""
         if call == "init_weight_transfer_engine":
             self._llm.collective_rpc(call, kwargs={"init_info": dict(payload)})
             return
+        self._require_idle()
         self._refusal = "a weight update was begun and not confirmed"
         arguments = {"update_info": dict(payload)} if call == "update_weights" else {}
         try:
@@ -277,19 +166,11 @@ class VLLMEngine:
             raise EngineLost(f"{self.name}: {call} failed in vLLM: {error}") from error
 
     def confirm(self, version: int, probe: Probe | None, tolerance: float) -> tuple[float, float]:
-        """Drop what was computed from older weights, prove the new ones, and serve them.
-
-        Returns:
-            Largest and mean ``|Δ log p|`` of the probe, in nats (NaN without a probe).
-
-        Raises:
-            WeightError: the largest is over ``tolerance``, or not a number.
-        """
         self._version = version
         self._refusal = f"weight version {version} was not confirmed"
         self._llm.set_weight_version(str(version))
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError(f"{self.name}: vLLM did not drop the prefix cache of old weights")
+            raise EngineLost(f"{self.name}: vLLM did not drop the prefix cache of old weights")
         if probe is None:
             self._refusal = None
             return math.nan, math.nan
@@ -315,34 +196,42 @@ class VLLMEngine:
         if self._refusal is not None:
             raise WeightError(f"{self.name} does not generate: {self._refusal}")
 
+    def _require_idle(self) -> None:
+        if self.busy:
+            raise RuntimeError(
+                f"{self.name} cannot load weights with {self._llm.get_num_unfinished_requests()}"
+                " requests in flight: finish or abort them first"
+            )
+
     def _score(self, sequences: Sequence[Sequence[int]]) -> list[Float32Array]:
-        """Prompt log-probabilities of all ids but the last, which is scored as if sampled: so
-        a sequence may fill the context, and the sampler's own use of the head is covered."""
+        """Log-probabilities of given ids: of the last as if it were sampled, of the others as
+        ids of a prompt. So a sequence may fill the context, and both ways through vLLM to the
+        LM head are taken."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        batch = next(self._counter)
+        batch = next(self._batches)
         names = [f"score-{batch}-{i}" for i in range(len(sequences))]
         for name, ids in zip(names, sequences, strict=True):
             if len(ids) < 2 or len(ids) > self._context_length:
                 raise ValueError(
-                    f"{name}: a sequence of {len(ids)} ids cannot be scored; it needs 2 to"
+                    f"a sequence of {len(ids)} ids cannot be scored: it needs 2 to"
                     f" {self._context_length} (the context)"
                 )
-            check_prompt(np.asarray(ids, np.int32), len(ids) + 1, self._vocab_size, name)
+            check_prompt(np.asarray(ids), self._context_length + 1, self._vocab_size, name)
         for name, ids in zip(names, sequences, strict=True):
+            self._scoring[name] = int(ids[-1])
             params = SamplingParams(
                 max_tokens=1,
                 temperature=1.0,
                 prompt_logprobs=0,
                 logprobs=1,
-                logprob_token_ids=[int(ids[-1])],
+                logprob_token_ids=[self._scoring[name]],
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            self._scoring[name] = int(ids[-1])
-            self._llm.add_request(name, _tokens(ids[:-1]), params)
-        while self._scoring.keys() & set(names):
+            self._llm.add_request(name, _as_prompt(ids[:-1]), params)
+        while self._scoring:
             self._advance()
         return [self._scored.pop(name) for name in names]
 
@@ -356,56 +245,36 @@ class VLLMEngine:
         for output in outputs:
             if not output.finished:
                 continue
-            sample = output.outputs[0]
             last_id = self._scoring.pop(output.request_id, None)
             if last_id is not None:
-                prompt = [
-                    entry[token].logprob
-                    for token, entry in zip(
-                        output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
-                    )
-                ]
-                last = sample.logprobs[0][last_id].logprob
-                self._scored[output.request_id] = np.array([*prompt, last], np.float32)
-            elif sample.finish_reason in ("stop", "length"):
-                flat = sample.logprobs
-                self._finished.append(
-                    Completion(
-                        request_id=output.request_id,
-                        token_ids=np.asarray(sample.token_ids, np.int32),
-                        # With logprobs=0 a position's only entry is the sampled id.
-                        logprobs=np.asarray(
-                            [flat.logprobs[start] for start in flat.start_indices], np.float32
-                        ),
-                        finish_reason=sample.finish_reason,
-                        version=self._version,
-                    )
-                )
+                self._scored[output.request_id] = _scores(output, last_id)
+            elif output.outputs[0].finish_reason in ("stop", "length"):
+                self._finished.append(_completion(output, self._version))
 
 
-def check_prompt(token_ids: Int32Array, context_length: int, vocab_size: int, name: str) -> None:
-    """Refuse what vLLM would crash on, or answer with nothing.
-
-    Raises:
-        ValueError: the prompt fills the context, or holds an id outside the vocabulary.
-    """
-    if len(token_ids) >= context_length:
-        raise ValueError(
-            f"prompt {name!r} has {len(token_ids)} tokens and leaves no room in the context of"
-            f" {context_length}: shorten it (data.max_prompt_tokens)"
-        )
-    if (low := int(token_ids.min())) < 0 or (high := int(token_ids.max())) >= vocab_size:
-        raise ValueError(
-            f"prompt {name!r} holds token id {low if low < 0 else high}, outside the model's"
-            f" vocabulary of {vocab_size}: was it tokenized with another model's tokenizer?"
-        )
+def _scores(output: Any, last_id: int) -> Float32Array:
+    prompt = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    last = output.outputs[0].logprobs[0][last_id].logprob
+    return np.array([*(entry[token].logprob for token, entry in prompt), last], np.float32)
 
 
-def _tokens(token_ids: Sequence[int] | Int32Array) -> Any:
+def _completion(output: Any, version: int) -> Completion:
+    sample = output.outputs[0]
+    flat = sample.logprobs  # with logprobs=0 the only entry of a position is the sampled id
+    return Completion(
+        request_id=output.request_id,
+        token_ids=np.asarray(sample.token_ids, np.int32),
+        logprobs=np.asarray([flat.logprobs[i] for i in flat.start_indices], np.float32),
+        finish_reason=sample.finish_reason,
+        version=version,
+    )
+
+
+def _as_prompt(token_ids: Sequence[int] | Int32Array) -> dict[str, list[int]]:
     return {"prompt_token_ids": [int(i) for i in token_ids]}
 
 
-def _build(model_dir: Path, config: EngineConfig) -> Any:
+def _build(model_dir: Path, config: EngineConfig) -> tuple[Any, HeadPadding | None]:
     # One process: no children to orphan, and an update runs between two steps.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # It knows whole GiB only and would override rollout.engine.kv_cache_gib.
@@ -414,34 +283,41 @@ def _build(model_dir: Path, config: EngineConfig) -> Any:
         from vllm import EngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
+
+        from actors.weight_transfer import register
     except ImportError as error:
         raise RuntimeError(
             f"vLLM cannot be imported ({error}): install requirements/cpu.txt, or the gpu extra"
         ) from error
-    backend: str = config.weight_transfer
-    if backend == "ray":
-        from actors.weight_transfer import register
-
-        backend = register()
-    memory: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
+    padding = None
+    arguments: dict[str, Any] = {"gpu_memory_utilization": config.gpu_memory_utilization}
     if current_platform.is_cpu():
-        memory = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        arguments = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+        padding = head_padding(model_dir, CPUAttentionBackend.get_supported_head_sizes())
+    if padding is not None:
+        arguments |= {"hf_overrides": {"head_dim": padding.wide}, "load_format": "dummy"}
     build: Callable[[Any], Any] = LLMEngine.from_engine_args
-    return build(
-        EngineArgs(
-            model=str(model_dir),
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            tensor_parallel_size=config.tensor_parallel_size,
-            enforce_eager=config.enforce_eager,
-            skip_tokenizer_init=True,
-            # Log-probabilities of the distribution that is sampled from, temperature included.
-            logprobs_mode="processed_logprobs",
-            # Ignore the checkpoint's own top-k, top-p and the like.
-            generation_config="vllm",
-            weight_transfer_config={"backend": backend},
-            disable_log_stats=True,
-            **memory,
+    try:
+        llm = build(
+            EngineArgs(
+                model=str(model_dir),
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                tensor_parallel_size=config.tensor_parallel_size,
+                enforce_eager=config.enforce_eager,
+                skip_tokenizer_init=True,
+                # Of the distribution that is sampled from, temperature included.
+                logprobs_mode="processed_logprobs",
+                # The checkpoint's own top-k, top-p and the like are ignored.
+                generation_config="vllm",
+                weight_transfer_config={"backend": register(config.weight_transfer)},
+                disable_log_stats=True,
+                **arguments,
+            )
         )
-    )
+    except Exception as error:
+        raise RuntimeError(f"vLLM cannot serve {model_dir}: {error}") from error
+    return llm, padding

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 from actors.config import EngineConfig
@@ -19,7 +18,7 @@ def cache_dir() -> Path:
     return Path(configured) if configured else Path.home() / ".cache" / "ray-rlhf"
 
 
-def engine_environment(config: EngineConfig, *, gpu: bool) -> dict[str, str]:
+def engine_environment(config: EngineConfig) -> dict[str, str]:
     """Environment variables of a process that runs one engine."""
     cache = cache_dir()
     environment = {
@@ -31,7 +30,7 @@ def engine_environment(config: EngineConfig, *, gpu: bool) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # vLLM remembers here what it learns about a model in half a minute of inspection.
         "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT", str(cache / "vllm")),
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
         # Models are local directories; nothing has to be asked of the hub.
         "HF_HUB_OFFLINE": "1",
@@ -43,8 +42,6 @@ def engine_environment(config: EngineConfig, *, gpu: bool) -> dict[str, str]:
         environment["TORCH_COMPILE_DISABLE"] = "1"
     if not _library_is_writable():
         environment["PYTHONPYCACHEPREFIX"] = str(cache / "bytecode")
-    if not gpu and (preload := _preload()):
-        environment["LD_PRELOAD"] = preload
     return environment
 
 
@@ -52,9 +49,3 @@ def _library_is_writable() -> bool:
     """Whether Python may keep bytecode beside vLLM's source."""
     found = importlib.util.find_spec("vllm")
     return bool(found and found.origin and os.access(Path(found.origin).parent, os.W_OK))
-
-
-def _preload() -> str:
-    """Intel's OpenMP, which the CPU requirements install beside Python, when it is there."""
-    library = Path(sys.prefix) / "lib" / "libiomp5.so"
-    return str(library) if sys.platform == "linux" and library.is_file() else ""

@@ -30,8 +30,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import RolloutConfig
-from actors.engine import EngineLost
 from actors.environment import engine_environment
+from actors.generation import EngineLost
 from actors.rollout_actor import EngineInfo, RolloutActor
 from actors.weights import UpdateConfirmation, WeightError, WeightUpdate
 
@@ -74,6 +74,9 @@ class Fleet:
         self, model_dir: Path, config: RolloutConfig, *, name: str, placement_group: Any = None
     ) -> None:
         self.workers = [Worker(name=f"{name}-{i}") for i in range(config.num_actors)]
+        # What a worker must have loaded to serve; nothing of it can be replayed when the
+        # update is None though the version is not 0, the checkpoint's.
+        self.version = 0
         self.update: WeightUpdate | None = None
         self._model_dir = model_dir
         self._config = config
@@ -150,7 +153,7 @@ class Fleet:
             WeightError: a worker refused it. Those that refuse do so until the next good update.
             TimeoutError: a worker did not confirm within ``update_timeout_s``.
         """
-        self.update = update
+        self.version, self.update = update.version, update
         for worker in self.of_state(State.SERVING, State.REFUSING):
             self._load(worker)
         self.bring_up()
@@ -181,7 +184,6 @@ class Fleet:
 
     def _spawn(self, worker: Worker) -> None:
         config = self._config
-        gpus = config.num_gpus_per_actor
         strategy = (
             PlacementGroupSchedulingStrategy(self._placement_group)
             if self._placement_group is not None
@@ -191,10 +193,10 @@ class Fleet:
             # A name is taken until Ray has buried its last bearer, so each bearer's is new.
             name=f"{worker.name}-{uuid.uuid4().hex[:6]}",
             num_cpus=config.num_cpus_per_actor,
-            num_gpus=gpus,
+            num_gpus=config.num_gpus_per_actor,
             max_restarts=0,  # Ray would bring it back with the weights of the checkpoint
             scheduling_strategy=strategy,
-            runtime_env={"env_vars": engine_environment(config.engine, gpu=gpus > 0)},
+            runtime_env={"env_vars": engine_environment(config.engine)},
         )
         worker.handle = actor.remote(
             worker.name, str(self._model_dir), config.engine, config.probe_tolerance
@@ -231,6 +233,12 @@ class Fleet:
                 worker.confirmation = answer
             if starting and self.update is not None:
                 self._load(worker)
+            elif starting and self.version != 0:
+                worker.state = State.REFUSING
+                worker.reason = (
+                    f"{worker.name} was restarted and weight version {self.version} came by NCCL,"
+                    " so it cannot be replayed: send it again"
+                )
             else:
                 worker.state, worker.reason = State.SERVING, ""
 
@@ -246,9 +254,8 @@ class Fleet:
                 f" ({free.get('GPU', 0):g} free)"
             )
         else:
-            version = self.update.version if self.update else None
             reason = (
-                f"{worker.name} did not confirm weight version {version} within"
+                f"{worker.name} did not confirm weight version {self.version} within"
                 f" {config.update_timeout_s:g} s (rollout.update_timeout_s)"
             )
         worker.failures = config.max_retries  # waiting so long once more would help nobody

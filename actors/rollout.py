@@ -24,8 +24,8 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.engine import Completion, SampleRequest, check_prompt
 from actors.fleet import Fleet, State, Worker, brief
+from actors.generation import Completion, SampleRequest, check_prompt
 from actors.rollout_actor import EngineInfo, Outcome, Refused
 from actors.trajectory import Float32Array, Prompt, SampleFailure, Trajectory, sample_seed
 from actors.weights import Probe, UpdateConfirmation, WeightUpdate, read_checkpoint, weight_files
@@ -183,6 +183,28 @@ class RolloutPool:
         """
         return self.load(read_checkpoint(model_dir, version, probe))
 
+    @property
+    def handles(self) -> list[Any]:
+        """The actors, for vLLM's ``RayVLLMWeightSyncClient`` when weights come by NCCL."""
+        return [worker.handle for worker in self._fleet.workers]
+
+    def confirm(self, version: int, probe: Probe) -> list[tuple[float, float]]:
+        """Prove and serve weights that vLLM's NCCL trainer has sent to :attr:`handles`.
+
+        Returns:
+            Largest and mean ``|Δ log p|`` of the probe for every actor, in nats.
+
+        Raises:
+            WeightError: the probe disagrees.
+            TimeoutError: an actor gave no answer within ``update_timeout_s``.
+        """
+        self._require_idle("confirm weights")
+        self._fleet.version, self._fleet.update = version, None
+        calls = [handle.confirm.remote(version, probe) for handle in self.handles]
+        errors = self._answers(calls, self._config.update_timeout_s, "rollout.update_timeout_s")
+        self._version = version
+        return errors
+
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Float32Array]:
         """``[T_s - 1]`` log-probabilities, at temperature 1, of ids 1, 2, ... of each sequence.
 
@@ -200,26 +222,30 @@ class RolloutPool:
             for worker, share in zip(workers, shares, strict=True)
             if share
         }
-        done, late = ray.wait(
-            list(calls), num_returns=len(calls), timeout=self._config.sample_timeout_s
+        answers = self._answers(
+            list(calls), self._config.sample_timeout_s, "rollout.sample_timeout_s"
         )
-        if late:
-            raise TimeoutError(
-                f"log-probabilities of {len(sequences)} sequences: {len(late)} of {len(calls)}"
-                f" actors gave none within {self._config.sample_timeout_s:g} s"
-                " (rollout.sample_timeout_s)"
-            )
-        answers: dict[int, Float32Array] = {}
-        for call in done:
-            try:
-                answers.update(zip(calls[call], ray.get(call), strict=True))
-            except RayTaskError as error:
-                raise error.cause from error
-        return [answers[i] for i in range(len(sequences))]
+        by_index: dict[int, Float32Array] = {}
+        for share, answer in zip(calls.values(), answers, strict=True):
+            by_index.update(zip(share, answer, strict=True))
+        return [by_index[i] for i in range(len(sequences))]
 
     def shutdown(self) -> None:
         """End the actors; returns when their processes are gone. May be called again."""
         self._fleet.shutdown()
+
+    def _answers(self, calls: list[Any], timeout_s: float, setting: str) -> list[Any]:
+        """Results of actor calls, with the actor's own error when there is one."""
+        done, late = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+        if late:
+            raise TimeoutError(
+                f"{len(late)} of {len(calls)} rollout actors gave no answer within {timeout_s:g} s"
+                f" ({setting}); {len(done)} did"
+            )
+        try:
+            return ray.get(calls)  # type: ignore[no-any-return]
+        except RayTaskError as error:
+            raise error.cause from error
 
     def _info(self) -> EngineInfo:
         infos = [worker.info for worker in self._fleet.workers if worker.info is not None]

@@ -26,14 +26,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.config import EngineConfig
-from actors.engine import (
-    Completion,
-    ControlCall,
-    Engine,
-    EngineLost,
-    SampleRequest,
-    VLLMEngine,
-)
+from actors.engine import VLLMEngine
+from actors.generation import Completion, ControlCall, Engine, EngineLost, SampleRequest
 from actors.trajectory import Float32Array, Int32Array
 from actors.weights import Probe, UpdateConfirmation, WeightUpdate
 
@@ -73,7 +67,7 @@ class EngineThread:
 
     def __init__(self, build: Callable[[], Engine]) -> None:
         self._build = build
-        self._commands: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]] | None] = (
+        self._commands: queue.SimpleQueue[tuple[Callable[[Engine], Any], Future[Any]]] = (
             queue.SimpleQueue()
         )
         self._waiting: dict[str, Callable[[Outcome], None]] = {}
@@ -122,11 +116,6 @@ class EngineThread:
 
         return self.call(forget)
 
-    def stop(self) -> None:
-        """Shut the engine down; returns when the thread has ended."""
-        self._commands.put(None)
-        self._thread.join()
-
     def _run(self) -> None:
         try:
             engine = self._build()
@@ -135,7 +124,8 @@ class EngineThread:
             return
         self._started.set_result(None)
         try:
-            while self._run_commands(engine):
+            while True:
+                self._run_commands(engine)
                 for completion in engine.step():
                     if deliver := self._waiting.pop(completion.request_id, None):
                         deliver(completion)
@@ -144,16 +134,13 @@ class EngineThread:
         finally:
             engine.shutdown()
 
-    def _run_commands(self, engine: Engine) -> bool:
-        """Run what is queued, waiting while there is nothing to decode; False at the end."""
+    def _run_commands(self, engine: Engine) -> None:
+        """Run what is queued, waiting while there is nothing to decode."""
         while True:
             try:
-                item = self._commands.get(block=not engine.busy)
+                command, future = self._commands.get(block=not engine.busy)
             except queue.Empty:
-                return True
-            if item is None:
-                return False
-            command, future = item
+                return
             if not future.set_running_or_notify_cancel():
                 continue
             try:
@@ -169,8 +156,7 @@ class EngineThread:
             deliver(Refused(request_id=request_id, reason=str(self._lost), engine_lost=True))
         self._waiting.clear()
         while not self._commands.empty():
-            if item := self._commands.get():
-                item[1].set_exception(self._lost)
+            self._commands.get()[1].set_exception(self._lost)
 
 
 class RolloutActor:
@@ -266,10 +252,6 @@ class RolloutActor:
     async def confirm(self, version: int, probe: Probe | None) -> tuple[float, float]:
         """Prove weights that came by the four calls above; largest and mean ``|Δ log p|``."""
         return await self._call(lambda e: e.confirm(version, probe, self._tolerance))
-
-    async def stop(self) -> None:
-        """Shut the engine down; the process stays until it is killed."""
-        await asyncio.get_running_loop().run_in_executor(None, self._engine.stop)
 
     async def _control(self, call: ControlCall, payload: Mapping[str, Any]) -> None:
         await self._call(lambda engine: engine.control(call, payload))

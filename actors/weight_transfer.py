@@ -1,17 +1,17 @@
-"""The weight-transfer backend that reads tensors out of Ray's object store, for vLLM in-process.
+"""Weight-transfer backends for vLLM: tensors out of Ray's object store, or by NCCL.
 
 vLLM drives any backend through four calls: init_weight_transfer_engine, start_weight_update,
-update_weights (once for every bucket), finish_weight_update. This one is handed tensors that
-already lie in this process's address space; ``nccl`` on GPUs receives them itself.
-
-Imported by vLLM when an engine of this backend is built, never before.
+update_weights (once for every bucket), finish_weight_update. ``update_weights`` of the object
+store's is handed tensors that already lie in this process's address space. The NCCL one is
+vLLM's own, for its NCCL trainer to drive, and takes such tensors as well: a restarted engine and
+one that is given a checkpoint have no trainer to receive from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -20,13 +20,12 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
-
-BACKEND = "ray_object_store"
 
 
 @dataclass
@@ -81,9 +80,25 @@ class ObjectStoreTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: 
         pass
 
 
-def register() -> str:
-    """Make the backend known to vLLM in this process; returns its name. May be called again."""
-    registry: Mapping[str, Any] = WeightTransferEngineFactory._registry
-    if BACKEND not in registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreTransfer)
-    return BACKEND
+class NcclTransfer(NCCLWeightTransferEngine):  # type: ignore[misc]
+    """vLLM's NCCL backend, which also takes tensors that are here already."""
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        if "tensors" in update_dict:
+            return UpdateInfo(**update_dict)
+        return super().parse_update_info(update_dict)
+
+    def receive_weights(self, update_info: Any) -> None:
+        if isinstance(update_info, UpdateInfo):
+            self.model.load_weights(iter(update_info.tensors.items()))
+        else:
+            super().receive_weights(update_info)
+
+
+def register(transfer: Literal["ray", "nccl"]) -> str:
+    """Make a backend known to vLLM in this process; returns its name. May be called again."""
+    name = f"rlhf_{transfer}"
+    backend = {"ray": ObjectStoreTransfer, "nccl": NcclTransfer}[transfer]
+    if name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(name, backend)
+    return name
