@@ -68,8 +68,6 @@ class PPOLearnerActor(PPOLearner):
     def sequence_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Float32Array]:
         """For each sequence, the log-probabilities ``[T - 1]`` of ids 1, 2, ... in float32, at
         temperature 1 and without autocast."""
-        if any(len(sequence) < 2 for sequence in sequences):
-            raise ValueError("log-probabilities need sequences of at least two ids")
         lengths = np.array([len(s) for s in sequences], np.int32)
         if not len(lengths):
             return []
@@ -148,6 +146,8 @@ class PPOLearnerActor(PPOLearner):
         for name, optimizer in self.named_optimizers.items():
             self.module[name].unwrapped().load_state_dict(state["modules"][name])
             optimizer.load_state_dict(state["optimizers"][name])
+            # The settings are the configuration's; a checkpoint brings moments, not settings.
+            optimizer.param_groups[0].update(self.optimizer_options(name))
         self.controller.load_state(state["controller"])
         self.updates = int(state["updates"])
         self.skipped_in_a_row = dict(state["skipped_in_a_row"])

@@ -39,16 +39,17 @@ def token_logprobs(
         ``(logprobs [n], entropy [n] or None, hidden [n, H])``.
     """
     hidden = response_states(model.base_model, batch)
-    logits = model.get_output_embeddings()(hidden).float()
+    logits = model.get_output_embeddings()(hidden)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    log_normalizer = torch.logsumexp(logits, dim=-1)
-    chosen = logits.gather(-1, batch["targets"][:, None]).squeeze(-1)
+    logprobs = -nn.functional.cross_entropy(logits, batch["targets"], reduction="none")
     entropy = None
     if with_entropy:
-        # H = log Z - sum_v p_v * logit_v
-        entropy = log_normalizer - (torch.softmax(logits, dim=-1) * logits).sum(-1)
-    return chosen - log_normalizer, entropy, hidden
+        everything = torch.log_softmax(logits, dim=-1)
+        entropy = -(everything.exp() * everything).sum(-1)
+    return logprobs, entropy, hidden
 
 
 def response_states(backbone: Any, batch: dict[str, Any]) -> Tensor:
@@ -76,7 +77,7 @@ class PolicyModule(TorchRLModule):  # type: ignore[misc]
         logprobs, entropy, hidden = token_logprobs(
             self.model, batch, self.temperature, batch.get("with_entropy", False)
         )
-        values = None if self.value_head is None else self.value_head(hidden).squeeze(-1).float()
+        values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
         return {"logprobs": logprobs, "entropy": entropy, "values": values}
 
 
@@ -101,7 +102,7 @@ class CriticModule(TorchRLModule):  # type: ignore[misc]
 
     def _forward_train(self, batch: dict[str, Any], **_: Any) -> dict[str, Tensor]:
         hidden = response_states(self.backbone, batch)
-        return {"values": self.value_head(hidden).squeeze(-1).float()}
+        return {"values": self.value_head(hidden).squeeze(-1)}
 
 
 def zero_head(width: int) -> nn.Linear:

@@ -16,12 +16,10 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
 from torch import Tensor, nn
@@ -36,42 +34,18 @@ from learner.batch import (
     split_over_ranks,
     take_rows,
 )
-from learner.config import LearnersConfig, OptimizerConfig, PPOConfig
+from learner.config import OptimizerConfig, PPOConfig
 from learner.hf_directory import load_causal_lm
 from learner.kl import KLController, kl_estimate
 from learner.losses import policy_terms, value_loss
 from learner.models import CRITIC, POLICY, token_logprobs
+from learner.schedule import learning_rate
+from learner.ppo_setup import PPOSetup, quiet_start
 from learner.statistics import TokenSums, batch_metrics
 
 # |log ratio| that rounding may cause in the first minibatch, where old and new log-probabilities
 # come from the same weights through the same operations on the same micro-batches.
 FIRST_RATIO_TOLERANCE = {False: 1e-3, True: 0.2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOSetup:
-    """What a learner is built from.
-
-    Attributes:
-        temperature: Of sampling: logits of policy and reference are divided by it.
-        total_steps: PPO iterations over which the learning rate decays.
-        seed: Of the shuffles into minibatches.
-    """
-
-    ppo: PPOConfig
-    learners: LearnersConfig
-    policy_dir: Path
-    reference_dir: Path
-    critic_dir: Path | None
-    temperature: float
-    total_steps: int
-    seed: int
-
-
-class PPOAlgorithmConfig(AlgorithmConfig):  # type: ignore[misc]
-    """Carries a ``PPOSetup`` to the learners, beside what RLlib itself wants to know."""
-
-    ppo_setup: PPOSetup
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +88,9 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
             # RLlib's own group waits half an hour for a learner that has died.
             timeout = datetime.timedelta(seconds=self.setup.learners.timeout_s)
             self.group = dist.new_group(timeout=timeout)
-        super().build()
-        self.reference = load_causal_lm(self.setup.reference_dir).to(self._device)
+        with quiet_start():
+            super().build()
+            self.reference = load_causal_lm(self.setup.reference_dir).to(self._device)
         self.reference.requires_grad_(False)
         self.controller = KLController(self.ppo.kl)
         self.updates = 0
@@ -139,25 +114,33 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         }
 
     def configure_optimizers_for_module(self, module_id: str, **_: Any) -> None:
-        options = self.optimizer_config(module_id)
         parameters = list(self._module[module_id].parameters())
-        optimizer = torch.optim.AdamW(
-            parameters,
-            lr=options.learning_rate,
-            betas=options.betas,
-            eps=options.eps,
-            weight_decay=options.weight_decay,
-            fused=True,
-        )
+        optimizer = torch.optim.AdamW(parameters, fused=True, **self.optimizer_options(module_id))
         self.register_optimizer(module_id=module_id, optimizer=optimizer, params=parameters)
 
     def optimizer_config(self, module_id: str) -> OptimizerConfig:
         return self.ppo.policy if module_id == POLICY else self.ppo.critic
 
+    def optimizer_options(self, module_id: str) -> dict[str, Any]:
+        """AdamW's arguments, as the configuration has them."""
+        config = self.optimizer_config(module_id)
+        return {
+            "lr": config.learning_rate,
+            "betas": config.betas,
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }
+
     def _make_modules_ddp_if_necessary(self) -> None:
         if self.distributed:
             for name in list(self._module.keys()):
-                wrapped = TorchDDPRLModule(self._module[name], process_group=self.group)
+                wrapped = TorchDDPRLModule(
+                    self._module[name],
+                    process_group=self.group,
+                    # Buffers hold constants only (rotary frequencies).
+                    broadcast_buffers=False,
+                    gradient_as_bucket_view=True,
+                )
                 self._module.add_module(name, wrapped, override=True)
 
     # ---- one iteration -------------------------------------------------------------------------
@@ -175,7 +158,10 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
 
     def _update(self, batch: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Tensor], Any]:
         started = time.perf_counter()
+        # OpenMP keeps the number for each thread, and this may not be the one that built us.
+        torch.set_num_threads(self.setup.learners.threads)
         self.batch = PPOBatch(**dict(batch[POLICY].items()))
+        self._check_vocabulary()
         self._set_learning_rates()
         annotations = self._annotate()
         targets, metrics = self._targets(annotations)
@@ -205,12 +191,20 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         self.last_metrics = metrics
         return {}, {}, {}
 
+    def _check_vocabulary(self) -> None:
+        known = int(self.module[POLICY].unwrapped().model.config.vocab_size)
+        largest = int(self.batch.input_ids.max())
+        if largest >= known:
+            raise ValueError(
+                f"PPO step {self.updates}: a sample holds token id {largest}, the policy's "
+                f"vocabulary ends at {known - 1}: prompts and policy have different tokenizers"
+            )
+
     def _set_learning_rates(self) -> None:
         for name, optimizer in self.named_optimizers.items():
-            options = self.optimizer_config(name)
-            factor = schedule_factor(options, self.updates, self.setup.total_steps)
+            rate = learning_rate(self.optimizer_config(name), self.updates, self.setup.total_steps)
             for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * factor
+                group["lr"] = rate
 
     def _plan(self, epoch: int) -> list[Int64Array]:
         """The rows of every optimizer step of an epoch, the same on every learner."""
@@ -284,12 +278,11 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         mask = torch.arange(batch.rewards.shape[1], device=self._device) < lengths[:, None]
         rewards = torch.tensor(batch.rewards, device=self._device)
         engine = torch.tensor(batch.engine_logprobs, device=self._device)
-        if ppo.whiten_rewards:
-            rewards = whiten(rewards, mask, shift_mean=False)
         difference = notes.old_logprobs - notes.reference_logprobs
         kl = kl_estimate(difference, "k1" if ppo.kl.where != "reward" else ppo.kl.estimator)
         shaped = shape_rewards(rewards, kl, self.controller.in_reward, mask)
-        advantages, returns = gae(shaped, notes.values, mask, ppo.gamma, ppo.lam)
+        trained = whiten(shaped, mask, shift_mean=False) if ppo.whiten_rewards else shaped
+        advantages, returns = gae(trained, notes.values, mask, ppo.gamma, ppo.lam)
         if ppo.whiten_advantages:
             advantages = whiten(advantages, mask)
         metrics = batch_metrics(
@@ -394,20 +387,3 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
                     "(ppo.max_skipped_steps); lower its learning rate, and look for rewards far "
                     "from 0"
                 )
-
-
-def schedule_factor(options: OptimizerConfig, done: int, total: int) -> float:
-    """Share of the peak learning rate in the iteration after ``done`` of ``total``.
-
-    A linear warm-up over ``warmup_share`` of the iterations, then decay towards 0, which the
-    iteration after the last one would have.
-    """
-    warmup = math.ceil(options.warmup_share * total)
-    if done < warmup:
-        return (done + 1) / (warmup + 1)
-    if options.schedule == "constant":
-        return 1.0
-    progress = min(1.0, (done - warmup) / max(1, total - warmup))
-    if options.schedule == "linear":
-        return 1.0 - progress
-    return 0.5 * (1 + math.cos(math.pi * progress))
