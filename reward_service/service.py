@@ -350,10 +350,8 @@ def _join_or_start_serve(config: RewardServiceConfig, app_name: str) -> tuple[st
     client = _serve_client()
     if client is not None:
         options = client.http_config
-        routes = {n: a.route_prefix for n, a in serve.status().applications.items()}
-        taken = [route for name, route in routes.items() if name != app_name]
-        prefix = routes.get(app_name) or ("/" if "/" not in taken else f"/{app_name}")
-        return f"{options.host}:{options.port}", prefix
+        alone = set(serve.status().applications) <= {app_name}
+        return f"{options.host}:{options.port}", "/" if alone else f"/{app_name}"
     port = _free_port(config.host, config.port)
     serve.start(
         proxy_location="HeadOnly",
