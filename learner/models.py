@@ -77,7 +77,7 @@ class PolicyModule(TorchRLModule):  # type: ignore[misc]
         logprobs, entropy, hidden = token_logprobs(
             self.model, batch, self.temperature, batch.get("with_entropy", False)
         )
-        values = None if self.value_head is None else self.value_head(hidden).squeeze(-1)
+        values = None if self.value_head is None else state_values(self.value_head, hidden)
         return {"logprobs": logprobs, "entropy": entropy, "values": values}
 
 
@@ -102,7 +102,13 @@ class CriticModule(TorchRLModule):  # type: ignore[misc]
 
     def _forward_train(self, batch: dict[str, Any], **_: Any) -> dict[str, Tensor]:
         hidden = response_states(self.backbone, batch)
-        return {"values": self.value_head(hidden).squeeze(-1)}
+        return {"values": state_values(self.value_head, hidden)}
+
+
+def state_values(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """``[n]`` values in float32 whatever autocast does: bfloat16 is too coarse for a regression."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return cast(Tensor, head(hidden.float()).squeeze(-1))
 
 
 def zero_head(width: int) -> nn.Linear:
