@@ -351,14 +351,21 @@ def _join_or_start_serve(config: RewardServiceConfig, app_name: str) -> tuple[st
     if client is not None:
         options = client.http_config
         alone = set(serve.status().applications) <= {app_name}
-        return f"{options.host}:{options.port}", "/" if alone else f"/{app_name}"
+        return _address(options.host, options.port), "/" if alone else f"/{app_name}"
     port = _free_port(config.host, config.port)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": config.host, "port": port},
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
-    return f"{config.host}:{port}", "/"
+    return _address(config.host, port), "/"
+
+
+def _address(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server that listens on ``host``."""
+    if host in ("0.0.0.0", "::"):  # every interface, loopback too
+        host = "127.0.0.1"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _serve_client() -> Any:
