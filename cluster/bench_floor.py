@@ -126,7 +126,7 @@ def learn(
                 loss = (surrogate + 0.5 * (value - target - 1).square())[mask].mean()
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
                 torch.nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
                 for optimizer in optimizers:

@@ -36,6 +36,8 @@ class Group(click.Group):
         except Stopped as stopped:
             click.echo(f"stopped: {stopped}", err=True)
             ctx.exit(EXIT_STOPPED)
+        except (click.exceptions.Exit, click.exceptions.Abort):  # RuntimeErrors of click's own
+            raise
         except EXPECTED_ERRORS as error:
             if ctx.params.get("debug"):
                 raise

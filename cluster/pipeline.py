@@ -16,6 +16,7 @@ from cluster import stages
 from cluster.checkpoint import RunLock
 from cluster.config import RunConfig, Stage, write_config
 from cluster.data import RunData
+from cluster.hub import with_local_model
 from cluster.progress import Reporter
 from cluster.session import Session
 from cluster.stages import Workplace
@@ -79,6 +80,7 @@ class Pipeline:
         """
         wanted = [only] if only else configured_stages(self._config)
         self._require_sections(wanted)
+        self._config = with_local_model(self._config)
         directory = self._config.run_dir
         with RunLock(directory):
             self._check_directory(wanted)
@@ -89,6 +91,7 @@ class Pipeline:
 
     def evaluate(self, models: dict[str, Path] | None) -> None:
         """Compare the given checkpoints, by default the policy before and after PPO."""
+        self._config = with_local_model(self._config)
         directory = self._config.run_dir
         with RunLock(directory), Session(self._config, self._reporter, self._stop) as session:
             stages.evaluate(self._workplace(session), models)

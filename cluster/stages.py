@@ -64,9 +64,11 @@ OnStep = Callable[[int, int, dict[str, float]], None]
 
 def pretrain(work: Workplace) -> Summary:
     from learner.pretrain import pretrain as train_base
+    from learner.tokenizer import CHAT_TEMPLATES
 
     config = work.config
     assert config.pretrain is not None
+    template = config.pretrain.chat_template
     output = work.run_dir / "base"
     with work.watched("pretrain", output) as on_step:
         result = train_base(
@@ -74,6 +76,7 @@ def pretrain(work: Workplace) -> Summary:
             work.data.corpus(),
             output,
             seed=config.seed,
+            chat_template=CHAT_TEMPLATES.get(template, template) if template else None,
             resume=work.resume,
             on_step=on_step,
             should_stop=work.stop,
@@ -111,9 +114,8 @@ def collect(work: Workplace) -> Summary:
 
 
 def reward(work: Workplace) -> Summary:
-    from learner.reward_model import train_reward_model
-
     from cluster.judgement import open_store, reference_samples
+    from learner.reward_model import train_reward_model
 
     config = work.config
     assert config.reward_model is not None

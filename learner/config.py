@@ -56,6 +56,9 @@ class PretrainConfig(SupervisedConfig):
     intermediate_size: int = Field(384, ge=8)
     context: int = Field(256, ge=16, description="positions the model is built for")
     tie_embeddings: bool = True
+    chat_template: str | None = Field(
+        None, description="give the new tokenizer a chat template: chatml, or Jinja text"
+    )
 
     @model_validator(mode="after")
     def _heads_divide(self) -> PretrainConfig:

@@ -7,6 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT_TEMPLATES = {"chatml": CHATML}
 SMALLEST_VOCABULARY = 256 + 3
 """All bytes and the three special tokens."""
 

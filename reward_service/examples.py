@@ -26,3 +26,17 @@ def new_words(*, response_ids: list[int], **_: Any) -> list[float]:
         rewards.append(0.0 if token in seen else 1.0 / len(response_ids))
         seen.add(token)
     return rewards
+
+
+def story_quality(*, response: str, **_: Any) -> float:
+    """How well a short story is told, 0 to 1: direct speech, variety, and a proper end.
+
+    One third each for: at least one closed pair of quotation marks; the share of distinct word
+    pairs among all; ending with a full stop, question or exclamation mark or a closing quote.
+    """
+    words = response.lower().split()
+    pairs = list(zip(words, words[1:], strict=False))
+    speech = min(1.0, response.count('"') // 2)
+    variety = len(set(pairs)) / len(pairs) if pairs else 0.0
+    ends = 1.0 if response.rstrip().endswith((".", "!", "?", '"')) else 0.0
+    return (speech + variety + ends) / 3

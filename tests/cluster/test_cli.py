@@ -67,6 +67,7 @@ def test_a_used_run_directory_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     Path("c.yaml").write_text("run_dir: runs/x\nsft: {}\nmodel: somewhere\n")
     Path("runs/x/sft").mkdir(parents=True)
+    Path("somewhere").mkdir()
     result = CliRunner().invoke(main, ["sft", "--config", "c.yaml"])
     assert result.exit_code == 1
     assert "already holds sft" in result.output

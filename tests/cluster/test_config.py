@@ -27,7 +27,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
         ({"pretrain": {}, "model": "x"}, "both model and pretrain"),
         ({"pretrain": {"context": 64}}, "more than pretrain.context 64"),
         ({"pretrain": {"hidden_size": 100, "heads": 3}}, "must divide by heads 3"),
-        ({"data": {"newswire": {}, "prompts": "x.jsonl"}}, "leave prompts"),
+        ({"data": {"newswire": {}, "prompts": "x.jsonl"}}, "leave data.prompts"),
     ],
 )
 def test_what_is_wrong_is_said(values: dict, message: str) -> None:
