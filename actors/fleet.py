@@ -20,11 +20,12 @@ from __future__ import annotations
 import enum
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -51,7 +52,8 @@ class Worker:
     Attributes:
         name: Also the actor's name in Ray's dashboard.
         pending: What STARTING or LOADING waits for, until ``deadline`` (monotonic seconds).
-        failures: Deaths since it last did what it is for.
+        loading: The update that it was last given.
+        failures: Deaths since it last came to SERVING.
         reason: Why it is DEAD or REFUSING.
     """
 
@@ -63,6 +65,7 @@ class Worker:
     failures: int = 0
     reason: str = "not started"
     info: EngineInfo | None = None
+    loading: WeightUpdate | None = None
     confirmation: UpdateConfirmation | None = None
     error: Exception | None = field(default=None, repr=False)
 
@@ -78,6 +81,7 @@ class Fleet:
         # update is None though the version is not 0, the checkpoint's.
         self.version = 0
         self.update: WeightUpdate | None = None
+        self.info: EngineInfo | None = None  # of any worker: they are all alike
         self._model_dir = model_dir
         self._config = config
         self._placement_group = placement_group
@@ -105,21 +109,31 @@ class Fleet:
         """Start every dead worker anew; returns at once.
 
         Raises:
-            RuntimeError: it died too often in a row, or of something that a restart won't mend.
+            RuntimeError: it died too often in a row.
+            Exception: what it died of, when a restart would not mend that.
         """
         for worker in self.of_state(State.DEAD):
-            if worker.error is not None and not isinstance(
-                worker.error, RayActorError | EngineLost | TimeoutError
-            ):
-                raise worker.error
-            if worker.failures > self._config.max_retries:
-                message = (
-                    f"{worker.name} failed {worker.failures} times in a row and is not started"
-                    f" again (rollout.max_retries); last: {worker.reason}"
-                )
-                kind = TimeoutError if isinstance(worker.error, TimeoutError) else RuntimeError
-                raise kind(message) from worker.error
-            self._spawn(worker)
+            error, failures = worker.error, worker.failures
+            mendable = error is None or isinstance(error, RayActorError | EngineLost)
+            if mendable and failures <= self._config.max_retries:
+                self._spawn(worker)
+                continue
+            worker.error, worker.failures = None, 0  # whoever tries again starts afresh
+            if error is not None and not mendable:
+                raise error
+            raise RuntimeError(
+                f"{worker.name} failed {failures} times in a row (rollout.max_retries is"
+                f" {self._config.max_retries}); last: {worker.reason}"
+            ) from error
+
+    def require_hope(self) -> None:
+        """Raise when no worker serves or is about to.
+
+        Raises:
+            WeightError: they all refuse the current weights.
+        """
+        if not self.of_state(State.STARTING, State.LOADING, State.SERVING):
+            raise WeightError("; ".join(w.reason for w in self.of_state(State.REFUSING)))
 
     def wait(self, streams: Sequence[Any], timeout_s: float) -> list[Any]:
         """Advance workers that start or load; return the streams that have something to read."""
@@ -159,28 +173,22 @@ class Fleet:
         self.bring_up()
         return [cast(UpdateConfirmation, worker.confirmation) for worker in self.workers]
 
-    def served(self, worker: Worker) -> None:
-        """Note that a worker did what it is for."""
-        worker.failures = 0
-
     def lose(self, worker: Worker, reason: str, error: Exception | None = None) -> None:
         """Declare a worker dead and make sure that its process is."""
         worker.state, worker.reason, worker.error = State.DEAD, reason, error
         worker.failures += 1
         worker.pending = worker.confirmation = None
-        if worker.handle is not None:
-            ray.kill(worker.handle, no_restart=True)
-            worker.handle = None
+        _end([worker], timeout_s=10.0)
 
     def shutdown(self, timeout_s: float = 20.0) -> None:
         """End every actor and return when the processes of this node are gone."""
-        infos = [worker.info for worker in self.workers if worker.handle is not None]
-        for worker in self.workers:
-            if worker.handle is not None:
-                ray.kill(worker.handle, no_restart=True)
-                worker.handle, worker.pending = None, None
-                worker.state, worker.reason = State.DEAD, "shut down"
-        _wait_gone([info for info in infos if info is not None], timeout_s)
+        if not ray.is_initialized():
+            return  # they went with it
+        alive = [worker for worker in self.workers if worker.handle is not None]
+        for worker in alive:
+            worker.state, worker.reason, worker.pending = State.DEAD, "shut down", None
+        if left := _end(alive, timeout_s):
+            raise TimeoutError(f"rollout actors with process ids {left} live on")
 
     def _spawn(self, worker: Worker) -> None:
         config = self._config
@@ -207,12 +215,14 @@ class Fleet:
 
     def _load(self, worker: Worker) -> None:
         worker.state, worker.confirmation = State.LOADING, None
+        worker.loading = self.update
         worker.pending = worker.handle.load.remote(self.update)
         worker.deadline = time.monotonic() + self._config.update_timeout_s
 
     def _advance(self, worker: Worker) -> None:
         """Take the answer that STARTING or LOADING was waiting for."""
         starting, ref = worker.state is State.STARTING, worker.pending
+        outdated = worker.loading is not self.update
         worker.pending = None
         try:
             answer = ray.get(ref)
@@ -222,16 +232,18 @@ class Fleet:
             )
         except RayTaskError as error:
             cause = cast(Exception, error.cause)
-            if isinstance(cause, WeightError):
+            if isinstance(cause, WeightError) and outdated:
+                self._load(worker)
+            elif isinstance(cause, WeightError):
                 worker.state, worker.reason = State.REFUSING, str(cause)
             else:
                 self.lose(worker, f"{worker.name}: {cause}", cause)
         else:
             if starting:
-                worker.info = answer
+                worker.info = self.info = answer
             else:
                 worker.confirmation = answer
-            if starting and self.update is not None:
+            if self.update is not None and (starting or outdated):
                 self._load(worker)
             elif starting and self.version != 0:
                 worker.state = State.REFUSING
@@ -240,7 +252,7 @@ class Fleet:
                     " so it cannot be replayed: send it again"
                 )
             else:
-                worker.state, worker.reason = State.SERVING, ""
+                worker.state, worker.reason, worker.failures = State.SERVING, "", 0
 
     def _overdue(self, worker: Worker) -> None:
         config = self._config
@@ -258,7 +270,6 @@ class Fleet:
                 f"{worker.name} did not confirm weight version {self.version} within"
                 f" {config.update_timeout_s:g} s (rollout.update_timeout_s)"
             )
-        worker.failures = config.max_retries  # waiting so long once more would help nobody
         self.lose(worker, reason, TimeoutError(reason))
 
 
@@ -271,13 +282,29 @@ def brief(error: Exception) -> str:
     return " ".join(dict.fromkeys([*lines[:1], *telling]))
 
 
-def _wait_gone(infos: Iterable[EngineInfo], timeout_s: float) -> None:
-    import psutil
+def _end(workers: Sequence[Worker], timeout_s: float) -> list[int]:
+    """End actors and their processes; returns ids of those on this node that live on.
 
-    here = ray.get_runtime_context().get_node_id()
-    left = [info.pid for info in infos if info.node_id == here]
-    until = time.monotonic() + timeout_s
-    while left := [pid for pid in left if psutil.pid_exists(pid)]:
-        if time.monotonic() > until:
-            raise TimeoutError(f"rollout actors with process ids {left} did not end")
-        time.sleep(0.05)
+    Ray asks a process to end; one that hangs does not hear it and is killed.
+    """
+    processes = [process for worker in workers if (process := _process_here(worker.info))]
+    for worker in workers:
+        if worker.handle is not None:
+            ray.kill(worker.handle, no_restart=True)
+        worker.handle = worker.info = None
+    _, deaf = psutil.wait_procs(processes, timeout=min(3.0, timeout_s))
+    for process in deaf:
+        process.kill()
+    _, left = psutil.wait_procs(deaf, timeout=timeout_s)
+    return [process.pid for process in left]
+
+
+def _process_here(info: EngineInfo | None) -> Any:
+    """The process of an actor (a ``psutil.Process``) if it lives on this node."""
+    if info is None or info.node_id != ray.get_runtime_context().get_node_id():
+        return None
+    try:
+        process = psutil.Process(info.pid)
+    except psutil.NoSuchProcess:
+        return None
+    return process if process.create_time() == info.created else None

@@ -48,12 +48,18 @@ Outcome = Completion | Refused
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineInfo:
-    """What a pool must know of an engine that has started."""
+    """What a pool must know of an engine that has started.
+
+    Attributes:
+        pid: Its process, on Ray's node ``node_id``.
+        created: When that process began, as psutil tells it: a pid alone may be reused.
+    """
 
     context_length: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     pid: int
+    created: float
     node_id: str
 
 
@@ -106,15 +112,16 @@ class EngineThread:
         return self.call(add)
 
     def abort(self, request_ids: Sequence[str] | None = None) -> Future[None]:
-        """Forget requests (all of them by default) without delivering an outcome."""
+        """End requests (all of them by default) without a completion."""
 
-        def forget(engine: Engine) -> None:
+        def end(engine: Engine) -> None:
             ids = list(self._waiting) if request_ids is None else list(request_ids)
             engine.abort(ids)
             for request_id in ids:
-                self._waiting.pop(request_id, None)
+                if deliver := self._waiting.pop(request_id, None):
+                    deliver(Refused(request_id=request_id, reason="aborted"))
 
-        return self.call(forget)
+        return self.call(end)
 
     def _run(self) -> None:
         try:
@@ -180,6 +187,7 @@ class RolloutActor:
             FileNotFoundError: the model directory lacks weights or tokenizer.
             RuntimeError: vLLM is missing, or cannot serve the model.
         """
+        import psutil
         import ray
 
         self._tokenizer = load_tokenizer(self._model_dir)
@@ -194,6 +202,7 @@ class RolloutActor:
             vocab_size=vocabulary,
             eos_token_ids=eos,
             pid=os.getpid(),
+            created=psutil.Process().create_time(),
             node_id=ray.get_runtime_context().get_node_id(),
         )
 
@@ -221,7 +230,7 @@ class RolloutActor:
                 self._engine.abort(list(prompts))
 
     async def abort(self) -> None:
-        """Forget everything in flight; done when the engine is idle."""
+        """End everything in flight; done when the engine is idle."""
         await asyncio.wrap_future(self._engine.abort())
 
     async def load(self, update: WeightUpdate) -> UpdateConfirmation:

@@ -1,0 +1,220 @@
+"""Exact accounting of samples: queued, in flight on some actor, retried, yielded once.
+
+One thread of the driver runs :meth:`Generation.run`. It consumes what the actors stream, and
+feeds them: every turn it restarts dead actors, keeps each serving actor's batch full, waits for
+an outcome, and yields what it can. A sample whose actor dies goes back to the front of the
+queue with its seed, so that whoever samples it next gets the same tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors.config import RolloutConfig, SamplingConfig
+from actors.fleet import Fleet, State, Worker, brief
+from actors.generation import Completion, SampleRequest
+from actors.rollout_actor import Outcome, Refused
+from actors.trajectory import Prompt, SampleFailure, Trajectory, sample_seed
+
+Progress = Callable[[int, int], None]
+Record = Trajectory | SampleFailure
+
+
+@dataclass(eq=False)
+class _Sample:
+    """One sample that was asked for, until it is yielded."""
+
+    prompt: Prompt
+    index: int
+    seed: int
+    failures: int = 0
+
+
+@dataclass(eq=False)
+class _Stream:
+    """Samples that one worker is working on, by request id, and how they come back."""
+
+    worker: Worker
+    samples: dict[str, _Sample]
+    results: Any
+    heard: float = field(default_factory=time.monotonic)
+
+
+class Generation:
+    """Everything that one call of ``RolloutPool.generate`` asked for."""
+
+    # Request ids must differ from those of an earlier call that was closed early.
+    _request_numbers = itertools.count()
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig,
+        *,
+        run_seed: int,
+        round_index: int,
+        fleet: Fleet,
+        config: RolloutConfig,
+    ) -> None:
+        self._sampling = sampling
+        self._fleet = fleet
+        self._config = config
+        self._queue = deque(
+            _Sample(prompt, i, sample_seed(run_seed, prompt.prompt_id, i, round_index))
+            for prompt in prompts
+            for i in range(sampling.samples_per_prompt)
+        )
+        self._streams: list[_Stream] = []
+        self._total = len(self._queue)
+
+    def run(self, progress: Progress | None) -> Iterator[Record]:
+        """Yield one record for each sample; whatever ends it early leaves the engines idle."""
+        done = 0
+        try:
+            while self._queue or self._streams:
+                for record in self._turn():
+                    done += 1
+                    if progress is not None:
+                        progress(done, self._total)
+                    yield record
+        finally:
+            self._abort()
+
+    def _turn(self) -> Iterator[Record]:
+        self._fleet.respawn()
+        self._dispatch()
+        if not self._streams:
+            self._fleet.require_hope()
+        ready = self._fleet.wait([stream.results for stream in self._streams], 1.0)
+        for stream in [s for s in self._streams if s.results in ready]:
+            if stream in self._streams:  # unless its worker was lost a moment ago
+                yield from self._read(stream)
+        for stream in list(self._streams):
+            if stream in self._streams and self._hangs(stream):
+                yield from self._recover(stream.worker)
+
+    def _dispatch(self) -> None:
+        """Keep every serving worker's batch full, and no worker's backlog long."""
+        serving = self._fleet.of_state(State.SERVING)
+        width = self._config.engine.max_num_seqs
+        spare = max(1, width // 4)  # waiting in the engine, so that its batch never runs short
+        for worker in serving:
+            in_flight = sum(len(s.samples) for s in self._streams if s.worker is worker)
+            room = width + spare - in_flight
+            if in_flight and room < spare:
+                continue
+            # At first an even share each, so that workers finish together.
+            share = len(self._queue) if in_flight else -(-len(self._queue) // len(serving))
+            batch = [self._queue.popleft() for _ in range(min(room, share))]
+            if batch:
+                self._streams.append(self._submit(worker, batch))
+
+    def _submit(self, worker: Worker, batch: list[_Sample]) -> _Stream:
+        samples = {
+            f"{s.prompt.prompt_id}#{s.index}@{next(self._request_numbers)}": s for s in batch
+        }
+        requests = [
+            SampleRequest(
+                request_id=request_id,
+                token_ids=sample.prompt.token_ids,
+                max_new_tokens=self._sampling.max_new_tokens,
+                temperature=self._sampling.temperature,
+                seed=sample.seed,
+            )
+            for request_id, sample in samples.items()
+        ]
+        results = worker.handle.generate.options(num_returns="streaming").remote(requests)
+        return _Stream(worker, samples, results)
+
+    def _read(self, stream: _Stream) -> Iterator[Record]:
+        """Take what a stream has ready."""
+        worker = stream.worker
+        try:
+            outcomes: list[Outcome] = ray.get(next(stream.results))
+        except StopIteration:
+            self._streams.remove(stream)
+            assert not stream.samples, "an actor ended a stream before its samples"
+            return
+        except (RayActorError, RayTaskError) as error:
+            reason = f"{worker.name} died while generating: {brief(error)}"
+            self._fleet.lose(worker, reason, error)
+            yield from self._recover(worker)
+            return
+        stream.heard = time.monotonic()
+        for outcome in outcomes:
+            sample = stream.samples.pop(outcome.request_id)
+            if isinstance(outcome, Refused):
+                yield from self._retry(sample, outcome.reason)
+                if outcome.engine_lost and worker.state is not State.DEAD:
+                    self._fleet.lose(worker, outcome.reason)
+            else:
+                yield from self._finish(sample, outcome)
+        if worker.state is State.DEAD:
+            yield from self._recover(worker)
+
+    def _finish(self, sample: _Sample, completion: Completion) -> Iterator[Record]:
+        versions = np.full(len(completion.token_ids), completion.version, np.int32)
+        try:
+            trajectory = Trajectory(
+                prompt=sample.prompt,
+                sample_index=sample.index,
+                response_ids=completion.token_ids,
+                response_logprobs=completion.logprobs,
+                policy_versions=versions,
+                response_text=completion.text,
+                finish_reason=completion.finish_reason,
+                seed=sample.seed,
+            )
+        except ValueError as error:
+            yield from self._retry(sample, str(error))
+        else:
+            yield trajectory
+
+    def _retry(self, sample: _Sample, reason: str) -> Iterator[SampleFailure]:
+        """Queue a sample again, or give it up."""
+        sample.failures += 1
+        if sample.failures <= self._config.max_retries:
+            self._queue.appendleft(sample)
+            return
+        yield SampleFailure(
+            prompt=sample.prompt,
+            sample_index=sample.index,
+            stage="generation",
+            reason=f"failed {sample.failures} times, last: {reason}",
+        )
+
+    def _recover(self, worker: Worker) -> Iterator[SampleFailure]:
+        """Retry everything that a lost worker had in flight."""
+        for stream in [s for s in self._streams if s.worker is worker]:
+            self._streams.remove(stream)
+            for sample in stream.samples.values():
+                yield from self._retry(sample, worker.reason)
+
+    def _hangs(self, stream: _Stream) -> bool:
+        """Whether a stream has been silent for too long; its worker is then lost."""
+        worker, limit = stream.worker, self._config.sample_timeout_s
+        heard = max(s.heard for s in self._streams if s.worker is worker)
+        if time.monotonic() - heard <= limit:
+            return False
+        reason = (
+            f"{worker.name} finished no sample for {limit:g} s, with {len(stream.samples)} in"
+            " flight (rollout.sample_timeout_s)"
+        )
+        self._fleet.lose(worker, reason)
+        return True
+
+    def _abort(self) -> None:
+        """Have the actors forget what is in flight."""
+        busy = {s.worker.name: s.worker for s in self._streams}
+        calls = [w.handle.abort.remote() for w in busy.values() if w.handle is not None]
+        if calls:
+            ray.wait(calls, num_returns=len(calls), timeout=self._config.update_timeout_s)
