@@ -115,12 +115,14 @@ def open_pipeline(
     overwrite: bool,
     overrides: tuple[str, ...],
 ) -> Pipeline:
-    from cluster.config import load_config
-    from cluster.pipeline import Pipeline
-
     if resume and overwrite:
         raise click.UsageError("--resume keeps what is there and --overwrite throws it away")
-    return Pipeline(load_config(config, overrides), resume=resume, overwrite=overwrite)
+    from cluster.config import load_config
+
+    loaded = load_config(config, overrides)  # before anything heavy is imported
+    from cluster.pipeline import Pipeline
+
+    return Pipeline(loaded, resume=resume, overwrite=overwrite)
 
 
 @main.command("quickstart")
@@ -157,12 +159,13 @@ def quickstart(
     three figures and one HTML page.
     """
     from cluster.config import override_config
-    from cluster.pipeline import Pipeline
     from cluster.presets import quickstart_config
 
     config = override_config(
         quickstart_config(run_dir=run_dir, language=language, seed=seed), overrides, "quickstart"
     )
+    from cluster.pipeline import Pipeline
+
     Pipeline(config, resume=resume, overwrite=overwrite).run()
 
 
@@ -321,7 +324,11 @@ def serve(models: tuple[str, ...], host: str, port: int, replicas: int) -> None:
 @main.command("report")
 @click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def report(run_dir: Path) -> None:
-    """Write RUN_DIR/report.html: one self-contained page with plots and texts."""
+    """Write RUN_DIR/report.html: one self-contained page with plots and texts.
+
+    Works on any run directory, finished or not: a part that is missing names the command that
+    makes it. The page loads nothing from elsewhere, so it can be mailed.
+    """
     from cluster.report import write_report
 
     click.echo(str(write_report(run_dir)))
@@ -336,7 +343,11 @@ def report(run_dir: Path) -> None:
 )
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def doctor(config: Path | None, overrides: tuple[str, ...]) -> None:
-    """Say whether this machine can run it: packages, cores, memory, ports, accelerators."""
+    """Say whether this machine can run it: packages, cores, memory, ports, accelerators.
+
+    With a configuration it also estimates the memory that its processes will need at their peak.
+    Exit status 1 when something must be mended first.
+    """
     from cluster.doctor import examine, print_findings
 
     loaded: RunConfig | None = None
