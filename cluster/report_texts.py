@@ -18,8 +18,10 @@ EXTREME_PROMPTS = 2
 LONGEST_TEXT = 3000
 """Characters of a text that are shown."""
 
-_CJK_RUN = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
-_WEIGHTY = re.compile(r"\d+|[A-Z]\w+|\w{5,}")
+_CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_CJK_RUN = re.compile(rf"[{_CJK}]+")
+_TOKEN = re.compile(rf"[{_CJK}]+|[^\W{_CJK}]+|\W+")
+_WEIGHTY = re.compile(rf"\d+|[A-Z][^\W{_CJK}]+|[^\W{_CJK}]{{5,}}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,7 @@ def echoes(prompt: str, text: str) -> tuple[tuple[str, bool], ...]:
     """
     known = set(_WEIGHTY.findall(prompt))
     pieces: list[tuple[str, bool]] = []
-    for match in re.finditer(rf"{_CJK_RUN.pattern}|\w+|[^\w]+", text):
+    for match in _TOKEN.finditer(text):
         token = match.group()
         if _CJK_RUN.fullmatch(token):
             pieces += _common_runs(token, prompt)

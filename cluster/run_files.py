@@ -111,7 +111,8 @@ def read_run(directory: Path) -> RunFiles:
             if "note" in frame.attrs:
                 run.problems.append(frame.attrs["note"].replace(f"{directory}/", ""))
     run.feedback = attempt("feedback.json", _json_object)
-    run.reward_model = attempt("reward_model/report.json", _json_object)
+    for name in ("report.json", "training_report.json"):
+        run.reward_model = run.reward_model or attempt(f"reward_model/{name}", _json_object)
     run.evaluation = attempt("evaluation.json", read_evaluation)
     files = sorted((directory / "ppo" / "samples").glob("step_*.jsonl"))
     read = [attempt(str(path.relative_to(directory)), _sample_file) for path in files]

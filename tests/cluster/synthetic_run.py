@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from cluster.evaluate import CheckpointSamples, evaluate_samples
 from cluster.evaluation import write_evaluation
 from cluster.metrics import MetricsWriter
 from cluster.presets import quickstart_config
+from learner.reward_model import RewardModelReport
+from learner.supervised import TrainingResult
 from reward_service.comparison import Annotator, Candidate, Comparison, Pair
 from reward_service.feedback.agreement import agreement_report
 from reward_service.score import Score
@@ -111,7 +114,20 @@ def write_judgement(run_dir: Path, articles: tuple[Article, ...]) -> None:
         comparisons, quality=lambda prompt_id, text: true_quality(meta[prompt_id], text).score
     )
     _write_json(run_dir / "feedback.json", report)
-    _write_json(run_dir / "reward_model" / "report.json", {})
+    training = TrainingResult(
+        steps=60, tokens=900_000, seconds=31.0, tokens_per_second=29_000.0, padding_share=0.04,
+        train_loss=0.41,
+    )  # fmt: skip
+    reward_model = RewardModelReport(
+        held_out_accuracy=0.84, ci_low=0.74, ci_high=0.91, n=81, judgement_accuracy=0.79,
+        judgement_ci_low=0.73, judgement_ci_high=0.84, judgements=240, judge_agreement=0.88,
+        judge_agreement_ci_low=0.83, judge_agreement_ci_high=0.92, judge_agreement_n=214,
+        accuracy_beside_judges=0.82, length_baseline=0.58, length_prefers="longer",
+        rating_correlation=None, train_pairs=510, train_judgements=1530, held_out_pairs=90,
+        train_ratings=0, held_out_ratings=0, ties=130, skipped=0, gain=0.7, bias=-0.2,
+        reference_samples=256, training=training,
+    )  # fmt: skip
+    _write_json(run_dir / "reward_model" / "report.json", asdict(reward_model))
 
 
 def write_ppo_metrics(run_dir: Path, rng: np.random.Generator) -> None:
