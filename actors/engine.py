@@ -294,7 +294,12 @@ def _build(model_dir: Path, config: EngineConfig) -> tuple[Any, HeadPadding | No
     if current_platform.is_cpu():
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-        arguments = {"kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30)}
+        arguments = {
+            "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+            # A prompt cut into chunks draws from its seeded generator once too often, and vLLM
+            # cannot rewind a generator of the CPU ("CPU Generator does not use offset").
+            "enable_chunked_prefill": False,
+        }
         padding = head_padding(model_dir, CPUAttentionBackend.get_supported_head_sizes())
     if padding is not None:
         arguments |= {"hf_overrides": {"head_dim": padding.wide}, "load_format": "dummy"}
