@@ -101,7 +101,7 @@ class Pipeline:
         workplace = self._workplace(session)
         for stage in wanted:
             done = read_stages(self._config.run_dir)
-            if stage in done and self._resume and stage != "report":
+            if self._resume and self._is_done(stage, done):
                 self._reporter.say(f"{TITLES[stage]}: already done")
                 continue
             self._reporter.heading(TITLES[stage])
@@ -111,6 +111,13 @@ class Pipeline:
             _write_stages(self._config.run_dir, done)
             if self._stop():
                 raise Stopped(f"after {TITLES[stage]}; go on with --resume")
+
+    def _is_done(self, stage: Stage, done: dict[str, Any]) -> bool:
+        """A report is always written anew, and PPO goes on when more steps are asked for."""
+        if stage not in done or stage == "report":
+            return False
+        ppo = self._config.ppo
+        return stage != "ppo" or ppo is None or done[stage].get("steps", 0) >= ppo.steps
 
     def _workplace(self, session: Session) -> Workplace:
         return Workplace(

@@ -7,6 +7,7 @@ whole demand with the cluster and says what it waits for.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +48,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     started_here = not ray.is_initialized()
     if started_here:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray turns token authentication on for what it starts; that is what we want, not news.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(**_init_arguments(cluster, demand(config, learners=True)["CPU"]))
     try:
         yield

@@ -1,0 +1,123 @@
+"""The PPO loop on real parts: vLLM actor, scoring, LearnerGroup, verified weights, three seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.config import EngineConfig, RolloutConfig, SamplingConfig
+from actors.prompts import PromptStream
+from actors.rollout import RolloutPool
+from actors.trajectory import Prompt, SampleFailure, Trajectory
+from cluster.train import Sample, Step, train
+from learner.config import KLConfig, LearnersConfig, OptimizerConfig, PPOConfig
+from learner.group import PPOLearners
+from reward_service.score import Score
+
+STEPS = 12
+SAMPLING = SamplingConfig(max_new_tokens=16)
+PPO = PPOConfig(
+    steps=STEPS,
+    prompts_per_step=32,
+    epochs=2,
+    minibatches=2,
+    kl=KLConfig(coef=0.02),
+    policy=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.999)),
+    critic=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.999)),
+)
+
+
+class LowIds:
+    """Share of response ids below 256, about a half for an untrained model."""
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[Score | SampleFailure]:
+        return [
+            Score(sample_id=t.sample_id, value=float(np.mean(t.response_ids < 256)))
+            for t in trajectories
+        ]
+
+
+class Log:
+    def __init__(self) -> None:
+        self.next_step = 0
+        self.steps: list[Mapping[str, float]] = []
+        self.versions: list[set[int]] = []
+
+    def finish_step(
+        self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]
+    ) -> None:
+        self.steps.append(metrics)
+        self.versions.append({int(v) for s in samples for v in s.trajectory.policy_versions})
+
+
+@pytest.fixture(scope="module")
+def pool(ray_session: None, tiny_llama: Path) -> Iterator[RolloutPool]:
+    config = RolloutConfig(engine=EngineConfig(max_num_seqs=32, kv_cache_gib=0.1))
+    with RolloutPool(tiny_llama, config) as started:
+        yield started
+
+
+def run(pool: RolloutPool, model: Path, seed: int) -> Log:
+    rng = np.random.default_rng(seed)
+    prompts = [
+        Prompt(
+            prompt_id=f"p{i}",
+            token_ids=rng.integers(3, 512, rng.integers(3, 9)).astype(np.int32),
+            text="",
+        )
+        for i in range(48)
+    ]
+    log = Log()
+    pool.load_checkpoint(model, version=0)
+    with PPOLearners(
+        PPO, LearnersConfig(num_learners=0), model, model, None, 1.0, STEPS, seed
+    ) as learners:
+        assert train(
+            PPO,
+            SAMPLING,
+            prompts=PromptStream(prompts, PPO.prompts_per_step, seed),
+            rollouts=pool,
+            reward=LowIds(),
+            learners=learners,
+            log=log,
+            seed=seed,
+            measure=lambda _: {},
+            stop=lambda: False,
+            progress=lambda *_: None,
+        )
+    return log
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ppo_learns_and_the_engine_agrees_with_the_learner(
+    pool: RolloutPool, tiny_llama: Path, seed: int
+) -> None:
+    log = run(pool, tiny_llama, seed)
+    rewards = [m["reward/mean"] for m in log.steps]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.2, rewards
+    assert 0.0 < log.steps[-1]["ppo/kl_sequence"] < 16.0
+    # Every token of a step comes from the version that the step before left.
+    assert log.versions == [{step} for step in range(STEPS)]
+    for metrics in log.steps:
+        assert metrics["ppo/engine_delta_mean"] < 1e-4
+        assert metrics["ppo/first_log_ratio_max"] == 0.0
+        assert metrics["samples/submitted"] == 32
+        assert metrics["samples/submitted"] == (
+            metrics["samples/trained"] + metrics["samples/filtered"] + metrics["samples/failed"]
+        )
+    assert log.steps[0]["ppo/kl_sequence"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_step_with_too_few_good_samples_stops_the_run() -> None:
+    prompt = Prompt(prompt_id="p", token_ids=np.array([3], np.int32), text="x")
+    failures = [
+        SampleFailure(prompt=prompt, sample_index=i, stage="scoring", reason="NaN")
+        for i in range(3)
+    ]
+    with pytest.raises(RuntimeError, match=r"3 of 3 samples.*scoring: NaN"):
+        Step(submitted=3, failures=failures).check_accounts(0.5)
+    with pytest.raises(AssertionError):
+        Step(submitted=4, failures=failures).check_accounts(0.5)
