@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
@@ -35,7 +36,7 @@ def story_quality(*, response: str, **_: Any) -> float:
     pairs among all; ending with a full stop, question or exclamation mark or a closing quote.
     """
     words = response.lower().split()
-    pairs = list(zip(words, words[1:], strict=False))
+    pairs = list(itertools.pairwise(words))
     speech = min(1.0, response.count('"') // 2)
     variety = len(set(pairs)) / len(pairs) if pairs else 0.0
     ends = 1.0 if response.rstrip().endswith((".", "!", "?", '"')) else 0.0
