@@ -82,6 +82,7 @@ class Pipeline:
         self._require_sections(wanted)
         self._config = with_local_model(self._config)
         directory = self._config.run_dir
+        quieten_libraries()
         with RunLock(directory):
             self._check_directory(wanted)
             write_config(self._config, directory / "config.yaml")
@@ -167,6 +168,14 @@ class Pipeline:
                 f"{directory} already holds {', '.join(existing)}: go on with --resume, start "
                 "anew with --overwrite, or choose another run_dir"
             )
+
+
+def quieten_libraries() -> None:
+    """Loading a reward model from a language model is meant to leave its head new."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def configured_stages(config: RunConfig) -> list[Stage]:

@@ -54,6 +54,8 @@ class Session:
         if not self._connected:
             self._stack.enter_context(ray_session(self._config))
             self._connected = True
+            # Ended last, just before Ray: its long polls would complain in between.
+            self._stack.callback(self._end_service)
             # Only now: ray.init installs a SIGTERM handler of its own.
             self._stop.install()
         wait_for_room(
@@ -84,10 +86,8 @@ class Session:
         models = {term.name: Path(term.model) for term in terms if term.model is not None}
         if models and self._service is None:
             self.connect()
-            service = RewardService.start(self._config.reward.service, models)
-            self._stack.callback(service.shutdown)
-            self._service = service
-            self._reporter.say(f"reward service: {service.url}")
+            self._service = RewardService.start(self._config.reward.service, models)
+            self._reporter.say(f"reward service: {self._service.url}")
         scorers = self._service.scorers() if self._service is not None else {}
         config = RewardConfig(terms=tuple(terms), service=self._config.reward.service)
         return build_reward(config, scorers)
@@ -109,6 +109,10 @@ class Session:
             reward = executor.submit(self.reward, terms)
             learners = executor.submit(self._own, make_learners)
         return Parts(rollouts=rollouts.result(), reward=reward.result(), learners=learners.result())
+
+    def _end_service(self) -> None:
+        if self._service is not None:
+            self._service.shutdown()
 
     def _own(self, make_learners: Callable[[], PPOLearners]) -> PPOLearners:
         learners = make_learners()

@@ -159,8 +159,14 @@ def evaluate(work: Workplace, models: dict[str, Path] | None = None) -> Summary:
 
 
 def report(work: Workplace) -> Summary:
+    """Write the page, and say what it says at its top."""
     from cluster.report import write_report
+    from cluster.report_outcome import headline_figures
+    from cluster.run_files import read_run
 
     path = write_report(work.run_dir)
-    work.reporter.say(f"report: {path}")
+    for figure in headline_figures(read_run(work.run_dir)):
+        change = f"{figure.before} -> {figure.value}" if figure.before else figure.value
+        work.reporter.say(f"{figure.label:<24} {change}   {figure.note}".rstrip())
+    work.reporter.say(f"\nThe page: {path.resolve()}")
     return {}
