@@ -13,7 +13,7 @@ import pytest
 from actors.trajectory import Message, SampleFailure, Trajectory
 from reward_service.config import RewardConfig, RewardTerm
 from reward_service.encoding import Truncation
-from reward_service.examples import length_and_diversity, new_words
+from reward_service.examples import length_and_diversity, new_words, story_quality
 from reward_service.rewards import (
     FunctionReward,
     ModelReward,
@@ -147,6 +147,9 @@ def test_example_rewards_by_hand(trajectory) -> None:
     ids = [2, 4, 4, 4, 5, 5, 7, 9]
     assert length_and_diversity(response="12345678", response_ids=ids) == pytest.approx(1.0)
     assert new_words(response_ids=[5, 5, 6, 5]) == [0.25, 0, 0.25, 0]
+    # no speech, two of three word pairs distinct, no end
+    assert story_quality(response="a b a b") == pytest.approx(2 / 9)
+    assert story_quality(response='"Go" she said.') == pytest.approx(1.0)
     sample = trajectory("12345678", ids=ids)
     reward = FunctionReward("reward_service.examples:length_and_diversity")
     assert only(reward.score([sample])).value == pytest.approx(1.0)
