@@ -114,7 +114,7 @@ def save(model: Any, tokenizer: Any, output_dir: Path) -> None:
         generation.eos_token_id = eos_token_ids(model, tokenizer)
         generation.pad_token_id = tokenizer.pad_token_id
         generation.bos_token_id = tokenizer.bos_token_id
-    with _no_progress_bars():
+    with _quiet_transformers():
         model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
 
@@ -197,7 +197,7 @@ def _check_architecture(model_dir: Path | str, known: set[str], wanted: str) -> 
 
 def _load(auto_class: Any, model_dir: Path | str, **options: Any) -> tuple[Any, dict[str, Any]]:
     try:
-        with _no_progress_bars():
+        with _quiet_transformers():
             loaded = auto_class.from_pretrained(
                 model_dir,
                 dtype=torch.float32,
@@ -228,15 +228,17 @@ def _prepare(model: Any) -> Any:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """A stage shows one progress bar of its own."""
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars, as a stage shows its own; no report of a new head, which is meant."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 
