@@ -97,13 +97,9 @@ class PPOLearnerActor(PPOLearner):
             "seed": self.setup.seed,
             "updates": self.updates,
             "controller": self.controller.state(),
-            "skipped_in_a_row": dict(self.skipped_in_a_row),
-            "modules": {
-                name: self.module[name].unwrapped().state_dict() for name in self.named_optimizers
-            },
-            "optimizers": {
-                name: optimizer.state_dict() for name, optimizer in self.named_optimizers.items()
-            },
+            "skipped_in_a_row": {n: t.skipped_in_a_row for n, t in self.trainers.items()},
+            "modules": {name: self.module[name].unwrapped().state_dict() for name in self.trainers},
+            "optimizers": {n: t.optimizer.state_dict() for n, t in self.trainers.items()},
         }
         directory.mkdir(parents=True, exist_ok=True)
         torch.save(state, directory / STATE_FILE)
@@ -130,8 +126,7 @@ class PPOLearnerActor(PPOLearner):
                 "go on from an earlier one"
             ) from error
         expected = {
-            name: _shapes(self.module[name].unwrapped().state_dict())
-            for name in self.named_optimizers
+            name: _shapes(self.module[name].unwrapped().state_dict()) for name in self.trainers
         }
         if found != expected:
             raise ValueError(
@@ -143,14 +138,14 @@ class PPOLearnerActor(PPOLearner):
                 f"learner checkpoint {path} is of a run with seed {state['seed']}, this run has "
                 f"seed {self.setup.seed}"
             )
-        for name, optimizer in self.named_optimizers.items():
+        for name, trainer in self.trainers.items():
             self.module[name].unwrapped().load_state_dict(state["modules"][name])
-            optimizer.load_state_dict(state["optimizers"][name])
+            trainer.optimizer.load_state_dict(state["optimizers"][name])
             # The settings are the configuration's; a checkpoint brings moments, not settings.
-            optimizer.param_groups[0].update(self.optimizer_options(name))
+            trainer.optimizer.param_groups[0].update(self.optimizer_options(name))
+            trainer.skipped_in_a_row = int(state["skipped_in_a_row"][name])
         self.controller.load_state(state["controller"])
         self.updates = int(state["updates"])
-        self.skipped_in_a_row = dict(state["skipped_in_a_row"])
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

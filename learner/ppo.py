@@ -10,19 +10,18 @@ micro-batches change nothing but rounding.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import math
+import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from learner.advantages import gae, shape_rewards, whiten
 from learner.batch import (
@@ -37,15 +36,12 @@ from learner.batch import (
 from learner.config import OptimizerConfig, PPOConfig
 from learner.hf_directory import load_causal_lm
 from learner.kl import KLController, kl_estimate
-from learner.losses import policy_terms, value_loss
+from learner.lanes import Lanes
 from learner.models import CRITIC, POLICY, token_logprobs
-from learner.schedule import learning_rate
 from learner.ppo_setup import PPOSetup, quiet_start
+from learner.schedule import learning_rate
 from learner.statistics import TokenSums, batch_metrics
-
-# |log ratio| that rounding may cause in the first minibatch, where old and new log-probabilities
-# come from the same weights through the same operations on the same micro-batches.
-FIRST_RATIO_TOLERANCE = {False: 1e-3, True: 0.2}
+from learner.trainer import ModuleTrainer, Step, Targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +58,6 @@ class Annotations:
         return self.old_logprobs, self.reference_logprobs, self.values, self.entropy
 
 
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What the losses of an iteration are computed from; all flattened to ``[B * R]``."""
-
-    old_logprobs: Tensor
-    reference_logprobs: Tensor
-    engine_logprobs: Tensor
-    old_values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
 class PPOLearner(TorchLearner):  # type: ignore[misc]
     """Policy, critic and their optimizers on one device, in step with the other learners."""
 
@@ -83,18 +67,28 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         self.setup: PPOSetup = self.config.ppo_setup
         self.ppo: PPOConfig = self.setup.ppo
         torch.set_num_threads(self.setup.learners.threads)
-        self.group: Any = None
-        if self.distributed:
-            # RLlib's own group waits half an hour for a learner that has died.
-            timeout = datetime.timedelta(seconds=self.setup.learners.timeout_s)
-            self.group = dist.new_group(timeout=timeout)
+        # RLlib's own process group waits half an hour for a learner that has died.
+        self.group = self._new_process_group()
+        self.module_groups: dict[str, Any] = {}
         with quiet_start():
             super().build()
             self.reference = load_causal_lm(self.setup.reference_dir).to(self._device)
         self.reference.requires_grad_(False)
         self.controller = KLController(self.ppo.kl)
         self.updates = 0
-        self.skipped_in_a_row = dict.fromkeys(self.named_optimizers, 0)
+        self.trainers = {
+            name: ModuleTrainer(
+                name,
+                self.module[name],
+                self.get_optimizer(name),
+                self.optimizer_config(name),
+                self.ppo,
+                self.module_groups.get(name),
+            )
+            for name in self.module.keys()  # noqa: SIM118
+        }
+        on_cpu = self._device.type == "cpu"
+        self.lanes = Lanes(self.setup.learners.threads, parallel=on_cpu and len(self.trainers) > 1)
         self.last_metrics: dict[str, float] = {}
 
     @property
@@ -104,14 +98,6 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
     @property
     def world(self) -> int:
         return max(1, int(self.config.num_learners))
-
-    @property
-    def named_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Optimizers by the name of the module they train."""
-        return {
-            module: self.get_optimizer(module)
-            for module in self.module.keys()  # noqa: SIM118
-        }
 
     def configure_optimizers_for_module(self, module_id: str, **_: Any) -> None:
         parameters = list(self._module[module_id].parameters())
@@ -131,17 +117,28 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
             "weight_decay": config.weight_decay,
         }
 
+    def _new_process_group(self) -> Any:
+        if not self.distributed:
+            return None
+        timeout = datetime.timedelta(seconds=self.setup.learners.timeout_s)
+        return dist.new_group(timeout=timeout)
+
     def _make_modules_ddp_if_necessary(self) -> None:
-        if self.distributed:
-            for name in list(self._module.keys()):
-                wrapped = TorchDDPRLModule(
-                    self._module[name],
-                    process_group=self.group,
-                    # Buffers hold constants only (rotary frequencies).
-                    broadcast_buffers=False,
-                    gradient_as_bucket_view=True,
-                )
-                self._module.add_module(name, wrapped, override=True)
+        if not self.distributed:
+            return
+        for name in list(self._module.keys()):
+            self.module_groups[name] = self._new_process_group()
+            wrapped = TorchDDPRLModule(
+                self._module[name],
+                process_group=self.module_groups[name],
+                # Buffers hold constants only (rotary frequencies).
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+            self._module.add_module(name, wrapped, override=True)
+
+    def shutdown(self) -> None:
+        self.lanes.shutdown()
 
     # ---- one iteration -------------------------------------------------------------------------
 
@@ -158,36 +155,29 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
 
     def _update(self, batch: dict[str, Any], **_: Any) -> tuple[Any, dict[str, Tensor], Any]:
         started = time.perf_counter()
-        # OpenMP keeps the number for each thread, and this may not be the one that built us.
-        torch.set_num_threads(self.setup.learners.threads)
         self.batch = PPOBatch(**dict(batch[POLICY].items()))
         self._check_vocabulary()
-        self._set_learning_rates()
-        annotations = self._annotate()
-        targets, metrics = self._targets(annotations)
+        targets, metrics = self._targets(self._annotate())
         annotated = time.perf_counter()
-        sums = TokenSums(self._device)
-        seconds_optimizer = 0.0
-        for epoch in range(self.ppo.epochs):
-            for index, rows in enumerate(self._plan(epoch)):
-                first = sums if epoch == 0 and index == 0 else None
-                self._accumulate_gradients(rows, targets, sums)
-                if first is not None:
-                    self._check_first_ratio(sums)
-                before = time.perf_counter()
-                self._step_optimizers(sums)
-                seconds_optimizer += time.perf_counter() - before
-        sums.reduce(self.group)
-        metrics |= sums.metrics()
+        for name, trainer in self.trainers.items():
+            options = self.optimizer_config(name)
+            rate = learning_rate(options, self.updates, self.setup.total_steps)
+            trainer.optimizer.param_groups[0]["lr"] = rate
+            metrics[f"ppo/learning_rate_{name}"] = rate
+        done = self._train(targets)
+        seconds = time.perf_counter() - annotated
+        for name, sums in done.items():
+            sums.reduce(self.group)
+            metrics |= sums.metrics(name)
         metrics["ppo/kl_coef"] = self.controller.coef
         self.controller.observe(metrics["ppo/kl_sequence"], len(self.batch))
-        for name, optimizer in self.named_optimizers.items():
-            metrics[f"ppo/learning_rate_{name}"] = optimizer.param_groups[0]["lr"]
         self.updates += 1
-        ended = time.perf_counter()
         metrics["ppo/seconds_annotate"] = annotated - started
-        metrics["ppo/seconds_optimizer"] = seconds_optimizer
-        metrics["ppo/seconds_forward_backward"] = ended - annotated - seconds_optimizer
+        # Trainers run side by side: the time that passed is shared out as they spent theirs.
+        optimizer = sum(sums.seconds_optimizer for sums in done.values())
+        both = optimizer + sum(sums.seconds_forward_backward for sums in done.values())
+        metrics["ppo/seconds_optimizer"] = seconds * optimizer / both
+        metrics["ppo/seconds_forward_backward"] = seconds * (1 - optimizer / both)
         self.last_metrics = metrics
         return {}, {}, {}
 
@@ -200,11 +190,22 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
                 f"vocabulary ends at {known - 1}: prompts and policy have different tokenizers"
             )
 
-    def _set_learning_rates(self) -> None:
-        for name, optimizer in self.named_optimizers.items():
-            rate = learning_rate(self.optimizer_config(name), self.updates, self.setup.total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+    def _train(self, targets: Targets) -> dict[str, TokenSums]:
+        """Every trainer through all epochs, side by side when there are threads for it."""
+        stop = threading.Event()
+
+        def run(trainer: ModuleTrainer) -> TokenSums:
+            steps = (
+                self._step(rows) for epoch in range(self.ppo.epochs) for rows in self._plan(epoch)
+            )
+            try:
+                return trainer.train(steps, targets, self.updates, stop)
+            except BaseException:
+                stop.set()
+                raise
+
+        tasks = [partial(run, trainer) for trainer in self.trainers.values()]
+        return dict(zip(self.trainers, self.lanes.run(tasks), strict=True))
 
     def _plan(self, epoch: int) -> list[Int64Array]:
         """The rows of every optimizer step of an epoch, the same on every learner."""
@@ -216,11 +217,11 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
             epoch=epoch,
         )
 
-    def _own_micro_batches(self, rows: Int64Array) -> list[dict[str, Any]]:
-        """This learner's part of an optimizer step, as inputs of the modules.
+    def _step(self, rows: Int64Array) -> Step:
+        """This learner's part of the optimizer step on ``rows``.
 
-        Never empty: with fewer rows than learners, a learner without rows gets one row without
-        response tokens, so that it takes part in the exchange of gradients.
+        With fewer rows than learners, a learner without rows gets one row without response
+        tokens, so that it takes part in the exchange of gradients.
         """
         batch = self.batch
         lengths = batch.prompt_lengths + batch.response_lengths
@@ -230,17 +231,17 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         if not groups:
             groups, counts = [rows[:1]], batch.response_lengths * 0
         width = batch.rewards.shape[1]
-        return [
+        inputs = [
             self._inputs(take_rows(group, batch.input_ids, batch.prompt_lengths, counts, width))
             for group in groups
         ]
+        return Step(micro_batches=inputs, tokens=int(batch.response_lengths[rows].sum()))
 
     def _inputs(self, rows: MicroBatch) -> dict[str, Any]:
         """A micro-batch as the modules take it, on this learner's device."""
         arrays = {name: getattr(rows, name) for name in rows.__slots__}
         return {k: torch.from_numpy(v).to(self._device) for k, v in arrays.items()}
 
-    @torch.no_grad()
     def _annotate(self) -> Annotations:
         """Old and reference log-probabilities, values and entropy, completed over the group.
 
@@ -249,18 +250,13 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         """
         shape = self.batch.rewards.shape
         notes = Annotations(*(torch.zeros(shape, device=self._device) for _ in range(4)))
-        for rows in self._plan(epoch=0):
-            for inputs in self._own_micro_batches(rows):
-                inputs["with_entropy"] = True
-                with self._autocast():
-                    policy = self.module[POLICY].unwrapped()(inputs)
-                    values = policy["values"]
-                    if values is None:
-                        values = self.module[CRITIC].unwrapped()(inputs)["values"]
-                    reference = token_logprobs(self.reference, inputs, self.setup.temperature)[0]
-                new = (policy["logprobs"], reference, values, policy["entropy"])
-                for tensor, value in zip(notes.tensors, new, strict=True):
-                    tensor.view(-1)[inputs["slots"]] = value
+        tasks = [
+            partial(annotate, inputs, notes)
+            for rows in self._plan(epoch=0)
+            for inputs in self._step(rows).micro_batches
+            for annotate in (self._annotate_policy, self._annotate_reference, self._annotate_values)
+        ]
+        self.lanes.run(tasks)
         for name, tensor in zip(Annotations.__slots__, notes.tensors, strict=True):
             if self.group is not None:
                 dist.all_reduce(tensor, group=self.group)
@@ -270,6 +266,30 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
                     "diverged. Go on from an earlier checkpoint with a smaller learning rate"
                 )
         return notes
+
+    def _annotate_policy(self, inputs: dict[str, Any], notes: Annotations) -> None:
+        with torch.no_grad(), self._autocast():
+            out = self.module[POLICY].unwrapped()(inputs | {"with_entropy": True})
+        slots = inputs["slots"]
+        notes.old_logprobs.view(-1)[slots] = out["logprobs"]
+        notes.entropy.view(-1)[slots] = out["entropy"]
+        if out["values"] is not None:
+            notes.values.view(-1)[slots] = out["values"]
+
+    def _annotate_reference(self, inputs: dict[str, Any], notes: Annotations) -> None:
+        with torch.no_grad(), self._autocast():
+            logprobs = token_logprobs(self.reference, inputs, self.setup.temperature)[0]
+        notes.reference_logprobs.view(-1)[inputs["slots"]] = logprobs
+
+    def _annotate_values(self, inputs: dict[str, Any], notes: Annotations) -> None:
+        if CRITIC not in self.trainers:
+            return  # the policy's trunk has given them
+        with torch.no_grad(), self._autocast():
+            values = self.module[CRITIC].unwrapped()(inputs)["values"]
+        notes.values.view(-1)[inputs["slots"]] = values
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.ppo.bf16)
 
     def _targets(self, notes: Annotations) -> tuple[Targets, dict[str, float]]:
         """Shaped rewards, advantages and returns from the annotations, alike on every learner."""
@@ -288,102 +308,13 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         metrics = batch_metrics(
             batch, mask, notes, difference=difference, engine=engine, shaped=shaped, returns=returns
         )
-        flat = (notes.old_logprobs, notes.reference_logprobs, engine, notes.values)
-        return Targets(*(t.reshape(-1) for t in (*flat, advantages, returns))), metrics
-
-    def _accumulate_gradients(self, rows: Int64Array, targets: Targets, sums: TokenSums) -> None:
-        """Gradients of one optimizer step over this learner's micro-batches."""
-        for optimizer in self.named_optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        # DDP averages over learners, so world / tokens makes the loss a mean over all tokens.
-        scale = self.world / float(self.batch.response_lengths[rows].sum())
-        inputs = self._own_micro_batches(rows)
-        for number, micro in enumerate(inputs):
-            micro["with_entropy"] = self.ppo.entropy_coef > 0
-            last = number == len(inputs) - 1
-            slots = micro["slots"]
-            with self._gradient_exchange(POLICY, last):
-                out = self._forward(POLICY, micro)
-                terms = policy_terms(
-                    out["logprobs"],
-                    out["entropy"],
-                    old_logprobs=targets.old_logprobs[slots],
-                    reference_logprobs=targets.reference_logprobs[slots],
-                    engine_logprobs=targets.engine_logprobs[slots],
-                    advantages=targets.advantages[slots],
-                    kl_coef=self.controller.in_loss,
-                    config=self.ppo,
-                )
-                loss = terms.loss.sum()
-                if out["values"] is not None:
-                    loss = loss + self.ppo.value_loss_coef * self._value_loss(
-                        out["values"], targets, slots, sums
-                    )
-                torch.autograd.backward(loss * scale)
-            sums.add_policy(terms)
-            if out["values"] is None:
-                with self._gradient_exchange(CRITIC, last):
-                    values = self._forward(CRITIC, micro)["values"]
-                    loss = self._value_loss(values, targets, slots, sums)
-                    torch.autograd.backward(loss * scale)
-
-    def _value_loss(
-        self, values: Tensor, targets: Targets, slots: Tensor, sums: TokenSums
-    ) -> Tensor:
-        loss, clipped = value_loss(
-            values, targets.old_values[slots], targets.returns[slots], self.ppo.value_clip
+        targets = Targets(
+            old_logprobs=notes.old_logprobs.view(-1),
+            reference_logprobs=notes.reference_logprobs.view(-1),
+            engine_logprobs=engine.view(-1),
+            old_values=notes.values.view(-1),
+            advantages=advantages.reshape(-1),
+            returns=returns.reshape(-1),
+            kl_coef=self.controller.in_loss,
         )
-        sums.add_value(loss, clipped)
-        return loss.sum()
-
-    def _forward(self, module: str, micro: dict[str, Any]) -> Any:
-        with self._autocast():
-            return self.module[module](micro)
-
-    def _autocast(self) -> Any:
-        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.ppo.bf16)
-
-    @contextlib.contextmanager
-    def _gradient_exchange(self, module: str, last: bool) -> Iterator[None]:
-        """Learners exchange gradients in the last backward pass of a step, not in each."""
-        wrapped = self.module[module]
-        if self.distributed and not last:
-            with wrapped.no_sync():
-                yield
-        else:
-            yield
-
-    def _check_first_ratio(self, sums: TokenSums) -> None:
-        """The first step starts from the weights that gave the old log-probabilities."""
-        worst = sums.log_ratio_max.clone()
-        if self.group is not None:
-            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.group)
-        if not float(worst) <= FIRST_RATIO_TOLERANCE[self.ppo.bf16]:
-            raise RuntimeError(
-                f"PPO step {self.updates}: in the first minibatch the log-probability ratio is up "
-                f"to exp({float(worst):.3g}), it must be 1: the model's forward pass does not "
-                "repeat itself (dropout, or a kernel that depends on more than its input?)"
-            )
-        sums.first_log_ratio_max = float(worst)
-
-    def _step_optimizers(self, sums: TokenSums) -> None:
-        """Clip and step each optimizer; a gradient that is not finite skips the step.
-
-        The norm is the same on every learner, and so is the decision.
-        """
-        for name, optimizer in self.named_optimizers.items():
-            parameters: list[nn.Parameter] = optimizer.param_groups[0]["params"]
-            limit = self.optimizer_config(name).max_grad_norm
-            norm = float(nn.utils.clip_grad_norm_(parameters, limit, foreach=True))
-            finite = math.isfinite(norm)
-            sums.add_step(name, norm)
-            self.skipped_in_a_row[name] = 0 if finite else self.skipped_in_a_row[name] + 1
-            if finite:
-                optimizer.step()
-            elif self.skipped_in_a_row[name] > self.ppo.max_skipped_steps:
-                raise RuntimeError(
-                    f"PPO step {self.updates}: the gradient of the {name} was not finite in "
-                    f"{self.skipped_in_a_row[name]} optimizer steps in a row "
-                    "(ppo.max_skipped_steps); lower its learning rate, and look for rewards far "
-                    "from 0"
-                )
+        return targets, metrics

@@ -63,14 +63,16 @@ def batch_metrics(
 
 
 class TokenSums:
-    """Sums over the response tokens that went through a learner, and what its steps did."""
+    """What one trainer did in an iteration: sums over response tokens, norms, seconds."""
 
     def __init__(self, device: Any) -> None:
         self._sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-        self._norms: dict[str, list[float]] = defaultdict(list)
+        self.norms: list[float] = []
         self.ratio_max = torch.zeros((), device=device)
         self.log_ratio_max = torch.zeros((), device=device)
-        self.first_log_ratio_max = 0.0
+        self.first_log_ratio_max: float | None = None
+        self.seconds_forward_backward = 0.0
+        self.seconds_optimizer = 0.0
 
     def add_policy(self, terms: PolicyTerms) -> None:
         figures = {
@@ -79,21 +81,19 @@ class TokenSums:
             "ratio_mean": terms.ratio,
             "approx_kl": terms.approx_kl,
         }
-        for name, values in figures.items():
-            self._sums[name] += values.sum()
-        self._sums["tokens"] += len(terms.ratio)
+        self._add(figures)
         if len(terms.ratio):
+            largest = torch.log(terms.ratio).abs().max()
             self.ratio_max = torch.maximum(self.ratio_max, terms.ratio.max())
-            self.log_ratio_max = torch.maximum(
-                self.log_ratio_max, torch.log(terms.ratio).abs().max()
-            )
+            self.log_ratio_max = torch.maximum(self.log_ratio_max, largest)
 
     def add_value(self, loss: Tensor, clipped: Tensor) -> None:
-        self._sums["loss_value"] += loss.detach().sum()
-        self._sums["value_clip_fraction"] += clipped.sum()
+        self._add({"loss_value": loss.detach(), "value_clip_fraction": clipped})
 
-    def add_step(self, optimizer: str, norm: float) -> None:
-        self._norms[optimizer].append(norm)
+    def _add(self, figures: dict[str, Tensor]) -> None:
+        for name, values in figures.items():
+            self._sums[name] += values.sum()
+            self._sums[f"{name}/tokens"] += len(values)
 
     def reduce(self, group: Any) -> None:
         """Add up over the learners; gradient norms are the same on all of them already."""
@@ -105,15 +105,17 @@ class TokenSums:
         self._sums.update(zip(names, stacked.unbind(), strict=True))
         dist.all_reduce(self.ratio_max, op=dist.ReduceOp.MAX, group=group)
 
-    def metrics(self) -> dict[str, float]:
-        tokens = float(self._sums["tokens"])
-        means = {n: float(s) / tokens for n, s in self._sums.items() if n != "tokens"}
-        metrics = {f"ppo/{name}": value for name, value in means.items()}
-        metrics["ppo/ratio_max"] = float(self.ratio_max)
-        metrics["ppo/first_log_ratio_max"] = self.first_log_ratio_max
-        for optimizer, norms in self._norms.items():
-            finite = [norm for norm in norms if math.isfinite(norm)]
-            metrics[f"ppo/grad_norm_{optimizer}"] = sum(finite) / len(finite) if finite else 0.0
-            metrics[f"ppo/skipped_steps_{optimizer}"] = float(len(norms) - len(finite))
-        metrics["ppo/optimizer_steps"] = float(max(len(norms) for norms in self._norms.values()))
+    def metrics(self, module: str) -> dict[str, float]:
+        """Means over all tokens of all optimizer steps; norms over the steps that were taken."""
+        names = [name for name in self._sums if not name.endswith("/tokens")]
+        metrics = {
+            f"ppo/{name}": float(self._sums[name] / self._sums[f"{name}/tokens"]) for name in names
+        }
+        if self.first_log_ratio_max is not None:
+            metrics["ppo/ratio_max"] = float(self.ratio_max)
+            metrics["ppo/first_log_ratio_max"] = self.first_log_ratio_max
+        finite = [norm for norm in self.norms if math.isfinite(norm)]
+        metrics[f"ppo/grad_norm_{module}"] = sum(finite) / len(finite) if finite else 0.0
+        metrics[f"ppo/skipped_steps_{module}"] = float(len(self.norms) - len(finite))
+        metrics["ppo/optimizer_steps"] = float(len(self.norms))
         return metrics

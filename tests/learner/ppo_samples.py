@@ -45,10 +45,11 @@ def in_process(
     critic_dir: Path | None = None,
     temperature: float = 1.0,
     seed: int = 0,
+    threads: int = 1,
 ) -> PPOLearners:
     return PPOLearners(
         ppo,
-        LearnersConfig(num_learners=0),
+        LearnersConfig(num_learners=0, threads=threads),
         policy_dir,
         reference_dir or policy_dir,
         critic_dir,

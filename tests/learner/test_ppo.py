@@ -81,6 +81,18 @@ def test_micro_batches_change_nothing_but_rounding(tiny_llama: Path, tmp_path: P
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=2e-6)
 
 
+def test_policy_and_critic_side_by_side_give_the_same_bits(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    results = []
+    for threads in (1, 2):
+        learners = in_process(ppo(), tiny_llama, threads=threads)
+        learners.update(random_batch(9, seed=2))
+        results.append(weights(learners, tmp_path / str(threads)))
+        learners.shutdown()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
 @pytest.mark.filterwarnings("ignore:ppo.bf16 is on")
 @pytest.mark.parametrize("bf16", [False, True])
 def test_at_learning_rate_zero_the_policy_stays_and_the_ratio_is_exactly_one(
@@ -193,13 +205,14 @@ def test_a_forward_pass_that_does_not_repeat_itself_is_found(
 ) -> None:
     learners = in_process(ppo(), tiny_llama)
     learner = learners._group._learner
-    forward = learner._forward
+    trainer = learner.trainers["policy"]
+    module = trainer._module
 
-    def noisy(module: str, micro: Any) -> Any:
-        out = forward(module, micro)
-        return out | {"logprobs": out["logprobs"] + 0.1} if module == "policy" else out
+    def noisy(inputs: Any) -> Any:
+        out = module(inputs)
+        return out | {"logprobs": out["logprobs"] + 0.1}
 
-    monkeypatch.setattr(learner, "_forward", noisy)
+    monkeypatch.setattr(trainer, "_module", noisy)
     with pytest.raises(RuntimeError, match=r"ratio is up to exp\(0.1\), it must be 1"):
         learners.update(random_batch(4, seed=1))
 
