@@ -109,6 +109,11 @@ class Evaluation:
         return next((c for c in self.comparisons if c.name == name and c.by == by), None)
 
 
+def display_name(checkpoint: str) -> str:
+    """``sft`` and ``ppo`` are abbreviations; any other name stays as its owner wrote it."""
+    return checkpoint.upper() if checkpoint in ("sft", "ppo", "rlhf", "dpo") else checkpoint
+
+
 def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     """Writes ``evaluation`` as strict JSON, in one atomic replacement.
 

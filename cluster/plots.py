@@ -101,9 +101,9 @@ def line_chart(
         _draw_line(axes, line, log=log)
     _pad_limits(axes, log=log)
     for value, text in marks:
-        _draw_mark(axes, value, text)
+        _draw_mark(axes, value, text, log=log)
     _format_axes(axes, percent=percent, log=log)
-    axes.set_xlabel(x_label, color=PLACEHOLDERS["muted"], labelpad=2)
+    axes.set_xlabel(x_label, color=PLACEHOLDERS["muted"], labelpad=2, parse_math=False)
     return to_svg(figure, label)
 
 
@@ -124,7 +124,7 @@ def stacked_chart(
     axes.set_xlim(float(x.min()), float(x.max()))
     axes.set_ylim(0, max(float(heights.sum(axis=0).max()) * 1.05, 1e-9))
     _format_axes(axes)
-    axes.set_xlabel(x_label, color=PLACEHOLDERS["muted"], labelpad=2)
+    axes.set_xlabel(x_label, color=PLACEHOLDERS["muted"], labelpad=2, parse_math=False)
     return to_svg(figure, label)
 
 
@@ -147,7 +147,7 @@ def histogram(
     axes.set_xlim(low, high)
     axes.set_ylim(bottom=0)
     _format_axes(axes, percent=True)
-    axes.set_xlabel(x_label, color=PLACEHOLDERS["muted"], labelpad=2)
+    axes.set_xlabel(x_label, color=PLACEHOLDERS["muted"], labelpad=2, parse_math=False)
     return to_svg(figure, label)
 
 
@@ -193,18 +193,21 @@ def _draw_line(axes: Any, line: Line, *, log: bool) -> None:
         axes.plot(x, y, "o", markersize=4, color=colour)
 
 
-def _draw_mark(axes: Any, value: float, text: str) -> None:
+def _draw_mark(axes: Any, value: float, text: str, *, log: bool) -> None:
     """A reference line; the limits widen to hold it unless that would squeeze the curves."""
-    low, high = axes.get_ylim()
-    if not low - 2 * (high - low) <= value <= high + 2 * (high - low):
+    scale = math.log10 if log else float
+    low, high = (scale(limit) for limit in axes.get_ylim())
+    at = scale(value)
+    if not low - 2 * (high - low) <= at <= high + 2 * (high - low):
         return
     axes.axhline(value, color=PLACEHOLDERS["muted"], linewidth=1, linestyle=(0, (4, 3)))
-    reach = 0.06 * (max(high, value) - min(low, value))
-    axes.set_ylim(min(low, value - reach), max(high, value + reach))
+    reach = 0.06 * (max(high, at) - min(low, at))
+    limits = min(low, at - reach), max(high, at + reach)
+    axes.set_ylim(*(10**limit for limit in limits) if log else limits)
     right = axes.get_xlim()[1]
     axes.annotate(
         text, (right, value), xytext=(0, 3), textcoords="offset points", ha="right", va="bottom",
-        fontsize=10, color=PLACEHOLDERS["muted"],
+        fontsize=10, color=PLACEHOLDERS["muted"], parse_math=False,
     )  # fmt: skip
 
 
@@ -268,7 +271,7 @@ def plot_quickstart_summary(run_dir: Path, png_path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from cluster.evaluation import read_evaluation
+    from cluster.evaluation import display_name, read_evaluation
     from cluster.metrics import read_metrics
 
     frame = read_metrics(run_dir / "ppo")
@@ -292,7 +295,11 @@ def plot_quickstart_summary(run_dir: Path, png_path: Path) -> None:
             _print_labels(axes, title, percent=name == "measured/good", x_label="PPO step")
         clean_axes(panels[2], PRINT_COLOURS)
         values = [c.good_share if judged else c.reward for c in (before, after)]
-        _bars(panels[2], [before.name, after.name], [v for v in values if v is not None])
+        _bars(
+            panels[2],
+            [display_name(c.name) for c in (before, after)],
+            [v for v in values if v is not None],
+        )
         what = "Good texts" if judged else "Reward"
         _print_labels(panels[2], f"{what}, held out", percent=bool(judged))
         figure.tight_layout(pad=0.9, w_pad=2.6)
@@ -324,7 +331,7 @@ def _bars(axes: Any, names: Sequence[str], estimates: Sequence[Estimate]) -> Non
             (index, 0), xytext=(0, 6 if value >= 0 else -16),
             textcoords="offset points", ha="center", fontsize=11, fontweight="bold", color="white",
         )  # fmt: skip
-    axes.set_xticks(range(len(names)), [name.upper() for name in names])
+    axes.set_xticks(range(len(names)), names, parse_math=False)
     axes.set_xlim(-0.6, len(names) - 0.4)
 
 

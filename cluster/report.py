@@ -35,7 +35,7 @@ class StageState:
 
     title: str
     state: str
-    """``done``, ``part`` or ``missing``."""
+    """``done``, ``part`` or ``waiting``."""
     detail: str
 
 
@@ -129,7 +129,7 @@ def stations(run: RunFiles) -> list[StageState]:
             total = int(frame["total"].iloc[-1]) if "total" in frame else step
             state, detail = ("done" if step == total else "part"), f"step {step} of {total}"
         else:
-            state, detail = "missing", "not yet"
+            state, detail = "waiting", "not yet"
         found.append(StageState(title=title, state=state, detail=detail))
     return found
 

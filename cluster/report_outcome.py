@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from cluster.evaluation import CheckpointResult, Evaluation, Response
+from cluster.charts import Chart
+from cluster.evaluation import CheckpointResult, Evaluation, Response, display_name
 from cluster.intervals import Estimate
-from cluster.panels import Chart
 from cluster.plots import compact, histogram
 from cluster.run_files import RunFiles
 from cluster.svg import Colour
@@ -188,11 +188,6 @@ def colour_of(index: int, count: int) -> Colour:
     if index == count - 1:
         return "after"
     return ("third", "fourth", "fifth")[(index - 1) % 3]
-
-
-def display_name(checkpoint: str) -> str:
-    """``sft`` and ``ppo`` are abbreviations; any other name stays as its owner wrote it."""
-    return checkpoint.upper() if checkpoint in ("sft", "ppo", "rlhf", "dpo") else checkpoint
 
 
 def span(estimate: Estimate, *, percent: bool = False) -> str:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cluster.charts import Chart, draw_panels, draw_phases, draw_unknown, reward_terms
 from cluster.intervals import Estimate
-from cluster.panels import (
-    HEALTH,
-    LEARNED,
-    SUPERVISED,
-    Chart,
-    draw_panels,
-    draw_phases,
-    draw_unknown,
-)
+from cluster.panels import HEALTH, LEARNED, SUPERVISED
 from cluster.plots import Band, Line, compact, line_chart
 from cluster.report_outcome import Interval, interval_row, span
 from cluster.run_files import RunFiles, SampleFile, finite
@@ -100,7 +94,8 @@ def ppo_section(run: RunFiles) -> Curves:
         "Explained variance": ((0.0, "guessing the mean"),),
         "Engine against learner": ((1e-4, "limit of the mean"),),
     }
-    learned = draw_panels(frame, LEARNED, x_label=x_label, marks=marks)
+    learning = (*LEARNED, *reward_terms(frame))
+    learned = draw_panels(frame, learning, x_label=x_label, marks=marks)
     spread = _score_quantiles(run.samples)
     if spread is not None:
         learned.append(spread)
@@ -108,7 +103,7 @@ def ppo_section(run: RunFiles) -> Curves:
     phases = draw_phases(frame, x_label=x_label)
     if phases is not None:
         health.append(phases)
-    unknown, others = draw_unknown(frame, (*LEARNED, *HEALTH), x_label=x_label)
+    unknown, others = draw_unknown(frame, (*learning, *HEALTH), x_label=x_label)
     return Curves(
         title="PPO",
         stage="ppo",
@@ -158,7 +153,7 @@ def _supervised(run: RunFiles, stage: str, directory: str, title: str) -> Curves
     return Curves(
         title=title,
         stage=stage,
-        summary=_progress(frame),
+        summary=_progress(frame) + _training(run.stages.get(stage)),
         unfinished=_steps(frame)[0] < _steps(frame)[1],
         charts=tuple(draw_panels(frame, SUPERVISED, x_label="step")),
         unknown=tuple(unknown),
@@ -176,6 +171,23 @@ def _progress(frame: pd.DataFrame) -> str:
     """``40 steps`` or ``12 of 40 steps``."""
     done, total = _steps(frame)
     return f"{done} steps" if done >= total else f"{done} of {total} steps"
+
+
+def _training(summary: Any) -> str:
+    """What a finished stage says of its training, to go behind the number of steps."""
+    if not isinstance(summary, Mapping) or not isinstance(summary.get("training"), Mapping):
+        return ""
+    training = summary["training"]
+    parts = []
+    tokens, speed = finite(training, "tokens"), finite(training, "tokens_per_second")
+    if tokens is not None:
+        parts.append(f"{compact(tokens)} tokens")
+    if speed is not None:
+        parts.append(f"{compact(speed)} tokens a second")
+    nll = finite(summary, "held_out_nll")
+    if nll is not None and nll < 50:
+        parts.append(f"held-out loss {compact(nll)} (perplexity {compact(math.exp(nll))})")
+    return "".join(f", {part}" for part in parts)
 
 
 def _score_quantiles(samples: tuple[SampleFile, ...]) -> Chart | None:

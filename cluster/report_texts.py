@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.evaluation import PromptResponses, Response
+from cluster.evaluation import PromptResponses, Response, display_name
 from cluster.plots import compact
-from cluster.report_outcome import colour_of, display_name
+from cluster.report_outcome import colour_of
 from cluster.run_files import RunFiles, SampleFile
 
 RANDOM_PROMPTS = 8
@@ -101,7 +101,7 @@ def _shown(prompts: Sequence[PromptResponses], names: Sequence[str]) -> tuple[Sh
 
 
 def _shown_text(prompt: str, response: Response, colour: str) -> ShownText:
-    details = [f"{response.tokens} tokens"]
+    details = [f"{response.tokens} token{'' if response.tokens == 1 else 's'}"]
     if response.finish_reason == "length":
         details.append("cut off")
     if response.kl is not None and response.kl:

@@ -29,12 +29,10 @@ WIDTH, HEIGHT = 280, 168
 STYLE = {
     "svg.fonttype": "none",  # text stays text: selectable, small, in the page's font
     "svg.hashsalt": "report",  # the same data gives the same bytes
-    "text.parse_math": False,  # a "$" in a name is a "$"
     "font.size": 10.5,
     "axes.linewidth": 0.8,
     "path.simplify": True,
 }
-
 
 _COLOUR_OF = {hex_: f"var(--{name})" for name, hex_ in PLACEHOLDERS.items()}
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (

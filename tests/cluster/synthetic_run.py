@@ -51,7 +51,14 @@ def write_synthetic_run(
         "pretrain": 142.1, "sft": 38.0, "collect": 41.7, "reward": 33.2, "ppo": 263.9,
         "evaluate": 29.4,
     }  # fmt: skip
-    _write_json(run_dir / "stages.json", {k: {"seconds": v} for k, v in stages.items()})
+    summary: dict[str, dict[str, Any]] = {
+        name: {"seconds": seconds} for name, seconds in stages.items()
+    }
+    summary["pretrain"] |= {
+        "training": {"tokens": 1_250_000, "tokens_per_second": 41_800.0},
+        "held_out_nll": math.log(3.0),
+    }
+    _write_json(run_dir / "stages.json", summary)
     return run_dir
 
 
