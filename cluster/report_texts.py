@@ -17,6 +17,7 @@ RANDOM_PROMPTS = 8
 EXTREME_PROMPTS = 2
 LONGEST_TEXT = 3000
 """Characters of a text that are shown."""
+LONGEST_HEADLINE = 120
 
 _CJK = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _CJK_RUN = re.compile(rf"[{_CJK}]+")
@@ -40,6 +41,9 @@ class ShownText:
 
 @dataclass(frozen=True, kw_only=True)
 class ShownPrompt:
+    """A prompt, its short first line apart, and every checkpoint's text."""
+
+    headline: str
     prompt: str
     texts: tuple[ShownText, ...]
 
@@ -70,6 +74,14 @@ def texts_section(run: RunFiles) -> list[TextGroup]:
     return [group for group in groups if group.prompts]
 
 
+def headline(prompt: str) -> tuple[str, str]:
+    """A prompt's first line, when it is short and more follows, and the rest, cut on the left."""
+    first, _, rest = prompt.strip().partition("\n")
+    if rest and len(first) <= LONGEST_HEADLINE:
+        return first, rest.strip()[-LONGEST_TEXT:]
+    return "", prompt.strip()[-LONGEST_TEXT:]
+
+
 def echoes(prompt: str, text: str) -> tuple[tuple[str, bool], ...]:
     """Cuts ``text`` into pieces, marking words of weight that stand in ``prompt`` as well.
 
@@ -90,7 +102,8 @@ def echoes(prompt: str, text: str) -> tuple[tuple[str, bool], ...]:
 def _shown(prompts: Sequence[PromptResponses], names: Sequence[str]) -> tuple[ShownPrompt, ...]:
     return tuple(
         ShownPrompt(
-            prompt=entry.prompt[-LONGEST_TEXT:],
+            headline=headline(entry.prompt)[0],
+            prompt=headline(entry.prompt)[1],
             texts=tuple(
                 _shown_text(entry.prompt, _first(entry, name), colour_of(i, len(names)))
                 for i, name in enumerate(names)
@@ -139,6 +152,7 @@ class TrainingSample:
     """One sample written out while PPO was training."""
 
     step: int
+    headline: str
     prompt: str
     pieces: tuple[tuple[str, bool], ...]
     reward: str
@@ -160,7 +174,8 @@ def _median_sample(file: SampleFile) -> TrainingSample:
     prompt, response = str(row["prompt"]), str(row["response"])[:LONGEST_TEXT]
     return TrainingSample(
         step=file.step,
-        prompt=prompt[-LONGEST_TEXT:],
+        headline=headline(prompt)[0],
+        prompt=headline(prompt)[1],
         pieces=echoes(prompt, response),
         reward=compact(float(row["score"])),
     )

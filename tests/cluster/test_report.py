@@ -15,7 +15,7 @@ import pytest
 from cluster.evaluation import read_evaluation, write_evaluation
 from cluster.plots import compact, plot_quickstart_summary, smooth
 from cluster.report import duration, write_report
-from cluster.report_texts import echoes
+from cluster.report_texts import echoes, headline
 from cluster.run_files import read_run, without_secrets
 from tests.cluster.synthetic_run import write_synthetic_run
 
@@ -354,6 +354,12 @@ def test_words_of_the_prompt_are_found_again() -> None:
     )  # fmt: skip
     text = "anything at all, 什么都行"
     assert "".join(piece for piece, _ in echoes(prompt, text)) == text
+
+
+def test_a_short_first_line_is_the_headline() -> None:
+    assert headline("Fire in Arden\nIt burns.\n") == ("Fire in Arden", "It burns.")
+    assert headline("one line only") == ("", "one line only")
+    assert headline("x" * 200 + "\nmore") == ("", "x" * 200 + "\nmore")
 
 
 def test_numbers_are_short() -> None:
