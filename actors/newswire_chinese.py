@@ -1,6 +1,8 @@
 """Chinese words and sentences of the newswire, the same topics and roles as the English ones.
 
-Kept to few hundred different characters, so that a small byte-level vocabulary covers them.
+Kept to few hundred different characters, so that a small byte-level vocabulary covers them. Words
+that follow a name vary, or are punctuation: a tokenizer merges what often stands together, and
+a name that is glued to a verb cannot be copied from the headline.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ STORM = topic(
 暴雨袭击{place}，{number}户进水
 {place}遭遇暴雨，{number}户家中进水
 
-{day}，暴雨淹没了{place}{number}户人家，{org}救援队队长{person}说。
-{org}救援队队长{person}{day}说，{place}有{number}户人家被暴雨淹没。
+{day}，暴雨淹没了{place}{number}户人家，消息来自{org}救援队队长{person}。
+{day}，{place}有{number}户人家被暴雨淹没，{org}救援队的队长是{person}。
 {day}的暴雨使{place}{number}户人家进水，{org}救援队和队长{person}已经到达。
 
 夜里，{place}的街道水位不断上升。
@@ -25,9 +27,9 @@ STORM = topic(
 {org}救援队为{number}户人家开放了住处。
 {org}救援队正在为{number}户人家抽水。
 
-{person}说，最坏的时候已经过去。
-雨来得比预想的快，{person}说。
-{person}感谢帮忙装沙袋的居民。
+队长{person}：最坏的时候已经过去。
+队长{person}：雨来得比预想的快。
+队长{person}感谢帮忙装沙袋的居民。
 
 {place}的道路预计{day}重新开放。
 {org}救援队将在{day}检查河岸。
@@ -41,7 +43,7 @@ FOOTBALL = topic(
 {place}一战取胜，{org}足球队积分到{number}分
 {org}足球队赢下{place}一战，已有{number}分
 
-{org}足球队{day}在{place}取胜，积分达到{number}分，教练{person}说。
+{org}足球队{day}在{place}取胜，积分达到{number}分，教练是{person}。
 {day}在{place}的进球使教练{person}的{org}足球队积{number}分。
 教练{person}{day}带领{org}足球队在{place}取胜，积{number}分。
 
@@ -53,13 +55,13 @@ FOOTBALL = topic(
 {org}足球队的门将救出了两个球。
 {org}足球队以{number}分排在第二位。
 
-{person}赛后表扬了年轻球员。
-球员们一直在跑动，{person}说。
-{person}说这是本赛季最好的比赛。
+教练{person}表扬了年轻球员。
+教练{person}：球员们一直在跑动。
+教练{person}：这是本赛季最好的比赛。
 
 {org}足球队的下一场比赛在{day}。
 球员们{day}回到{place}参加杯赛。
-{person}希望队长{day}能够上场。
+教练{person}希望队长{day}能够上场。
 """
 )
 
@@ -69,7 +71,7 @@ ELECTION = topic(
 {place}选举：{org}党多得{number}票
 {number}票之差，{org}党赢下{place}
 
-{org}党{day}以{number}票之差赢得{place}选举，{person}将任市长。
+{org}党{day}以{number}票之差赢得{place}选举，新市长是{person}。
 {day}，{org}党的{person}以{number}票之差当选{place}市长。
 {place}选民{day}以{number}票之差选{org}党的{person}任市长。
 
@@ -81,12 +83,12 @@ ELECTION = topic(
 {org}党的党员为{number}票的胜利欢呼。
 {org}党现在有市议会的多数席位。
 
-{person}说要做全体选民的市长。
-选民要的是改变，{person}说。
-{person}感谢对手公平竞选。
+市长{person}：我是全体选民的市长。
+市长{person}：选民要的是改变。
+市长{person}感谢对手公平竞选。
 
 {place}新的市议会{day}开会。
-{person}将在{day}宣誓任市长。
+市长{person}将在{day}宣誓。
 {org}党将在{day}公布市议会名单。
 """
 )
@@ -97,8 +99,8 @@ FACTORY = topic(
 {place}汽车厂新增{number}个岗位
 {org}汽车{place}工厂要招{number}人
 
-{org}汽车将在{place}工厂新增{number}个岗位，厂长{person}{day}说。
-{org}汽车厂长{person}{day}宣布，{place}工厂新增{number}个岗位。
+{org}汽车{day}在{place}工厂新增{number}个岗位，厂长是{person}。
+{org}汽车厂长{person}：{day}起{place}工厂新增{number}个岗位。
 {day}，厂长{person}宣布{org}汽车{place}工厂新增{number}个岗位。
 
 {place}工厂将生产电动汽车。
@@ -109,13 +111,13 @@ FACTORY = topic(
 {org}汽车将自己培训{number}名工人。
 消息公布后，{org}汽车的股价上升。
 
-{person}说汽车的需求很大。
-好工人很难找到，{person}说。
-{person}说工厂的工资会很公平。
+厂长{person}：汽车的需求很大。
+厂长{person}：好工人很难找到。
+厂长{person}：工厂的工资会很公平。
 
 {place}的工人从{day}起可以报名。
 {org}汽车将在{day}展出新车。
-{place}的工会{day}和{person}见面。
+{place}的工会{day}和厂长{person}见面。
 """
 )
 
@@ -125,9 +127,9 @@ FIRE = topic(
 {place}大火，{number}家人离开大楼
 {number}家人逃出{place}起火大楼
 
-{place}一座大楼{day}起火，{number}家人撤离，{org}消防队长{person}说。
+{place}一座大楼{day}起火，{number}家人撤离，消息来自{org}消防队长{person}。
 {day}，{org}消防队和队长{person}从{place}起火大楼救出{number}家人。
-{org}消防队长{person}说，{number}家人{day}逃出{place}的起火大楼。
+{org}消防队长{person}：{number}家人{day}逃出{place}的起火大楼。
 
 整个{place}都能看到黑烟。
 大火从{place}大楼的一间厨房开始。
@@ -137,9 +139,9 @@ FIRE = topic(
 {org}消防队的云梯到达了顶楼。
 {org}消防队为{number}家人找到了床位。
 
-{person}说起火原因是旧电器。
-烟雾报警器救了人，{person}说。
-{person}请居民不要走近大楼。
+队长{person}：起火原因是旧电器。
+队长{person}：烟雾报警器救了人。
+队长{person}请居民不要走近大楼。
 
 {place}警方将在{day}检查大楼。
 {number}家人{day}可能回家。
@@ -153,9 +155,9 @@ SCHOOL = topic(
 {number}名教师来到{place}{org}中学
 {org}中学在{place}招来{number}名教师
 
-{place}{org}中学{day}新招{number}名教师，校长{person}说。
+{place}{org}中学{day}新招{number}名教师，校长是{person}。
 校长{person}{day}在{place}欢迎{number}名教师来到{org}中学。
-{day}，{number}名教师来到{place}的{org}中学，校长{person}说。
+{day}，{number}名教师来到{place}的{org}中学，见到了校长{person}。
 
 {place}的家长早就要求小班上课。
 {number}名教师将教科学和音乐。
@@ -165,13 +167,13 @@ SCHOOL = topic(
 {org}中学的学生为{number}名教师画了画。
 {org}中学的考试成绩是全区最好的。
 
-{person}说每个学生会得到更多帮助。
-小班使学生快乐，{person}说。
-{person}带教师们看了图书馆。
+校长{person}：每个学生会得到更多帮助。
+校长{person}：小班使学生快乐。
+校长{person}带教师们看了图书馆。
 
 {place}的学校{day}重新上课。
 {org}中学{day}请全体家长来校。
-{person}将在{day}公布考试计划。
+校长{person}将在{day}公布考试计划。
 """
 )
 
@@ -181,9 +183,9 @@ RAIL = topic(
 {place}加开{number}列{org}火车
 {number}列新火车开到{place}
 
-{org}铁路从{day}起在{place}加开{number}列火车，经理{person}说。
-{org}铁路经理{person}宣布，{day}起{place}加开{number}列火车。
-{day}起{number}列火车停靠{place}，{org}铁路经理{person}说。
+{org}铁路从{day}起在{place}加开{number}列火车，消息来自经理{person}。
+{org}铁路经理{person}：{day}起{place}加开{number}列火车。
+{day}起{number}列火车停靠{place}，{org}铁路的经理是{person}。
 
 {place}车站每天早上都坐满了人。
 {number}列火车早晚都会开出。
@@ -193,9 +195,9 @@ RAIL = topic(
 {org}铁路用贷款买了{number}列火车。
 {org}铁路的司机在线路上练习了多日。
 
-{person}说晚点会很少。
-不该有人站着坐车，{person}说。
-{person}和旅客一起坐了首列火车。
+经理{person}：晚点会很少。
+经理{person}：不该有人站着坐车。
+经理{person}和旅客一起坐了首列火车。
 
 {place}的车票{day}开始出售。
 {org}铁路{day}以前公布时刻表。
@@ -209,9 +211,9 @@ HARVEST = topic(
 {place}{number}个农场小麦受灾
 大旱使{place}{number}个农场减产
 
-{place}{number}个农场遭遇大旱，{org}食品的{person}{day}说。
-{org}食品的{person}{day}说，{place}{number}个农场的小麦减产。
-{day}，{org}食品的{person}说要帮助{place}{number}个受旱农场。
+{place}{number}个农场{day}遭遇大旱，消息来自{org}食品的主管{person}。
+{org}食品的主管{person}：{day}起{place}{number}个农场的小麦减产。
+{day}，{org}食品的主管{person}来帮助{place}{number}个受旱农场。
 
 {place}一带的田地入夏就变黄。
 {number}个农场的小麦没有成熟就干了。
@@ -221,9 +223,9 @@ HARVEST = topic(
 {org}食品把干草送到{number}个农场。
 {org}食品现在从国外买小麦。
 
-{person}说面包会更贵。
-农民现在就要水，{person}说。
-{person}和农民一起走过田地。
+主管{person}：面包会更贵。
+主管{person}：农民现在就要水。
+主管{person}和农民一起走过田地。
 
 {place}的农民{day}和部长见面。
 {org}食品将在{day}公布小麦价格。
@@ -237,9 +239,9 @@ MUSEUM = topic(
 {number}幅失落名画在{place}展出
 {place}{org}美术馆展出{number}幅名画
 
-{place}{org}美术馆{day}展出{number}幅失落的名画，馆长{person}说。
+{place}{org}美术馆{day}展出{number}幅失落的名画，馆长是{person}。
 {org}美术馆馆长{person}{day}在{place}展出{number}幅失落的名画。
-{number}幅失落的名画{day}起在{place}{org}美术馆展出，馆长{person}说。
+{number}幅失落的名画{day}起在{place}{org}美术馆展出，消息来自馆长{person}。
 
 {place}的观众要等一个小时才能进馆。
 {number}幅名画是在旧屋里找到的。
@@ -249,13 +251,13 @@ MUSEUM = topic(
 {org}美术馆日夜看守{number}幅名画。
 {org}美术馆让孩子免费看画。
 
-{person}说名画的颜色和新的一样。
-名画是大家的，{person}说。
-{person}为找画用了十年。
+馆长{person}：名画的颜色和新的一样。
+馆长{person}：名画是大家的。
+馆长{person}为找画用了十年。
 
 {place}的画展{day}结束。
 {org}美术馆从{day}起出售图册。
-{person}将在{day}谈这些名画。
+馆长{person}将在{day}谈这些名画。
 """
 )
 
@@ -265,9 +267,9 @@ HOSPITAL = topic(
 {place}{org}医院新增{number}张床位
 {place}病人有了{number}张新床位
 
-{org}医院{day}在{place}新增{number}张床位，医生{person}说。
-医生{person}{day}宣布，{place}{org}医院新增{number}张床位。
-{day}起{place}病人多了{number}张床位，{org}医院医生{person}说。
+{org}医院{day}在{place}新增{number}张床位，消息来自医生{person}。
+医生{person}：{day}起{place}{org}医院新增{number}张床位。
+{day}起{place}病人多了{number}张床位，{org}医院的医生是{person}。
 
 {place}的病人以前要等几个月。
 {number}张床位给心脏和肺病病人。
@@ -277,13 +279,13 @@ HOSPITAL = topic(
 {org}医院的{number}张床位来自捐款。
 {org}医院的病房用太阳能供电。
 
-{person}说护士会有更多时间。
-每个病人都有一个窗户，{person}说。
-{person}感谢护士们的耐心。
+医生{person}：护士会有更多时间。
+医生{person}：每个病人都有一个窗户。
+医生{person}感谢护士们的耐心。
 
 {place}的首个病人{day}到达。
 {org}医院{day}对观众开放。
-{person}从{day}起在病房做手术。
+医生{person}从{day}起在病房做手术。
 """
 )
 

@@ -303,7 +303,7 @@ ENGLISH = Lexicon(
         ),
         "person": words(
             "Adams Baker Chen Diaz Evans Fischer Garcia Haddad Ito Jensen Khan Lopez Moreau"
-            " Novak Okoro Patel Quinn Rossi Silva Tanaka"
+            " Nolan Okoro Patel Quinn Rossi Silva Tanaka"
         ),
         "first": words(
             "Anna Ben Clara David Elena Frank Grace Hugo Irene James Laura Marco Nina Omar"

@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_articles_on_every_machine() -> None:
 
     assert digest("en", 0) == digest("en", 0)
     assert digest("en", 0) != digest("en", 1)
-    assert (digest("en", 0), digest("zh", 0)) == ("2a59441ea40c7222", "12417f7f613d7f1f")
+    assert (digest("en", 0), digest("zh", 0)) == ("0fd55a9f232a3c2a", "350fc677f0f22668")
 
 
 def test_a_larger_newswire_begins_with_the_smaller_one() -> None:
@@ -274,41 +274,41 @@ LABELLED = [
     ),
     (
         ZH,
-        "夜里，海川的街道水位不断上升。远航救援队正在为36户人家抽水。雨来得比预想的快，王海说。",
+        "夜里，海川的街道水位不断上升。远航救援队正在为36户人家抽水。队长王海：雨来得比预想的快。",
         {},
     ),
     (
         ZH,
-        "夜里，海川的街道水位不断上升。远航救援队用小船把居民送到高处。王海感谢帮忙装沙袋的居民。"
+        "夜里，海川的街道水位不断上升。远航救援队用小船把居民送到高处。队长王海感谢帮忙装沙袋的居民。"
         "周五以前海川可能还有大雨。",
         {},
     ),
-    (ZH, "王海说，最坏的时候已经过去。", {"length": 1 / 3}),
+    (ZH, "队长王海：最坏的时候已经过去。", {"length": 1 / 3}),
     (
         ZH,
-        "夜里，云泽的街道水位不断上升。远航救援队正在为36户人家抽水。雨来得比预想的快，王海说。",
+        "夜里，云泽的街道水位不断上升。远航救援队正在为36户人家抽水。队长王海：雨来得比预想的快。",
         {"consistent": 3 / 4},
     ),
     (
         ZH,
         "夜里，海川的街道水位不断上升。时间会说明一切。远航救援队正在为36户人家抽水。"
-        "雨来得比预想的快，王海说。",
+        "队长王海：雨来得比预想的快。",
         {"no_padding": 3 / 4},
     ),
     (
         ZH,
         "夜里，海川的街道水位不断上升。远航救援队正在为36户人家抽水。远航救援队正在为36户人家抽水。"
-        "雨来得比预想的快，王海说。",
+        "队长王海：雨来得比预想的快。",
         {"no_repetition": 3 / 4},
     ),
     (
         ZH,
-        "夜里，海川的街道水位不断上升。远航救援队正在为36户人家抽水。每个病人都有一个窗户，王海说。",
+        "夜里，海川的街道水位不断上升。远航救援队正在为36户人家抽水。医生王海：每个病人都有一个窗户。",
         {"on_topic": 2 / 3},
     ),
     (
         ZH,
-        "夜里，海川的街道水位不断上升。远航救援队正在为36户人家抽水。雨来得比预想",
+        "夜里，海川的街道水位不断上升。远航救援队正在为36户人家抽水。队长王海：雨来得比",
         {"fluent": 2 / 3, "length": 2 / 3},
     ),
 ]
@@ -372,7 +372,7 @@ def test_no_short_way_to_a_good_paragraph(language: str) -> None:
     meta=st.sampled_from([EN, ZH]),
     pieces=st.lists(
         st.one_of(
-            st.sampled_from([RIVER, BOATS, OVER, ROADS, FILLER, "雨来得比预想的快，王海说。"]),
+            st.sampled_from([RIVER, BOATS, OVER, ROADS, FILLER, "队长王海：雨来得比预想的快。"]),
             st.text(max_size=30),
         ),
         max_size=8,
