@@ -48,7 +48,7 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def make_llama(path: Path, *, tied: bool, seed: int = 0) -> Path:
+def make_llama(path: Path, *, tied: bool, seed: int = 0, spread: float = 0.2) -> Path:
     """Write a random Llama (vocabulary 512, width 64, 2 layers, context 256) with a tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -87,7 +87,7 @@ def make_llama(path: Path, *, tied: bool, seed: int = 0) -> Path:
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
-            initializer_range=0.2,
+            initializer_range=spread,
         )
     )
     model.save_pretrained(path)

@@ -16,16 +16,17 @@ from cluster.train import Sample, Step, train
 from learner.config import KLConfig, LearnersConfig, OptimizerConfig, PPOConfig
 from learner.group import PPOLearners
 from reward_service.score import Score
+from tests.conftest import make_llama
 
 STEPS = 12
-SAMPLING = SamplingConfig(max_new_tokens=16)
+SAMPLING = SamplingConfig(max_new_tokens=8, samples_per_prompt=4)
 PPO = PPOConfig(
     steps=STEPS,
     prompts_per_step=32,
     epochs=2,
-    minibatches=2,
+    minibatches=4,
     kl=KLConfig(coef=0.02),
-    policy=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.999)),
+    policy=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.999), schedule="constant"),
     critic=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.999)),
 )
 
@@ -54,9 +55,15 @@ class Log:
 
 
 @pytest.fixture(scope="module")
-def pool(ray_session: None, tiny_llama: Path) -> Iterator[RolloutPool]:
-    config = RolloutConfig(engine=EngineConfig(max_num_seqs=32, kv_cache_gib=0.1))
-    with RolloutPool(tiny_llama, config) as started:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A nearly uniform policy, so that a dozen steps are enough to see it learn."""
+    return make_llama(tmp_path_factory.mktemp("uniform"), tied=True, spread=0.05)
+
+
+@pytest.fixture(scope="module")
+def pool(ray_session: None, model: Path) -> Iterator[RolloutPool]:
+    config = RolloutConfig(engine=EngineConfig(max_num_seqs=128, kv_cache_gib=0.1))
+    with RolloutPool(model, config) as started:
         yield started
 
 
@@ -93,9 +100,9 @@ def run(pool: RolloutPool, model: Path, seed: int) -> Log:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_ppo_learns_and_the_engine_agrees_with_the_learner(
-    pool: RolloutPool, tiny_llama: Path, seed: int
+    pool: RolloutPool, model: Path, seed: int
 ) -> None:
-    log = run(pool, tiny_llama, seed)
+    log = run(pool, model, seed)
     rewards = [m["reward/mean"] for m in log.steps]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.2, rewards
     assert 0.0 < log.steps[-1]["ppo/kl_sequence"] < 16.0
@@ -104,7 +111,7 @@ def test_ppo_learns_and_the_engine_agrees_with_the_learner(
     for metrics in log.steps:
         assert metrics["ppo/engine_delta_mean"] < 1e-4
         assert metrics["ppo/first_log_ratio_max"] == 0.0
-        assert metrics["samples/submitted"] == 32
+        assert metrics["samples/submitted"] == 128
         assert metrics["samples/submitted"] == (
             metrics["samples/trained"] + metrics["samples/filtered"] + metrics["samples/failed"]
         )
