@@ -28,6 +28,11 @@ from learner.tokenizer import train_tokenizer
 
 logger = logging.getLogger(__name__)
 
+# Of the initial attention. Found on the English newswire: others learn later, none were unstable.
+EMBEDDING_STD = 0.1
+QUERY_KEY_GAIN = 0.5
+VALUE_OUTPUT_GAIN = 0.7
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainReport:
@@ -194,4 +199,39 @@ def _new_llama(config: PretrainConfig, tokenizer: Any, seed: int) -> Any:
                 attn_implementation="sdpa",
             )
         )
+        _favour_copying(model)
     return model.eval()
+
+
+@torch.no_grad()
+def _favour_copying(model: Any) -> None:
+    """Start attention as a weak copier: it looks at what resembles the state, and repeats it.
+
+    Mimetic initialisation (Trockman and Kolter, arXiv 2305.09828; for recall arXiv 2410.11135):
+    queries and keys share a basis, and so do values and outputs, so that Q K^T and V O begin as
+    multiples of a projection instead of noise. With tied embeddings the state that expects a
+    name resembles the names before it, and attending to one raises its logit. A small model then
+    learns to carry names and numbers from a prompt into its answer within a few hundred thousand
+    tokens; from the usual initialisation it needs several times as many.
+    """
+    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    width = model.config.hidden_size
+    share = heads // kv_heads
+    model.get_input_embeddings().weight.normal_(std=EMBEDDING_STD)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        basis, carried = _orthogonal(width, kv_heads, heads), _orthogonal(width, kv_heads, heads)
+        attention.k_proj.weight.copy_(QUERY_KEY_GAIN * basis.flatten(0, 1))
+        attention.q_proj.weight.copy_(
+            QUERY_KEY_GAIN * basis.repeat_interleave(share, dim=0).flatten(0, 1)
+        )
+        attention.v_proj.weight.copy_(VALUE_OUTPUT_GAIN * carried.flatten(0, 1))
+        attention.o_proj.weight.copy_(
+            VALUE_OUTPUT_GAIN / share * carried.repeat_interleave(share, dim=0).flatten(0, 1).T
+        )
+
+
+def _orthogonal(width: int, kv_heads: int, heads: int) -> Tensor:
+    """``[kv_heads, width / heads, width]`` bases of a head each, orthogonal to each other."""
+    whole: Tensor = torch.linalg.qr(torch.randn(width, width))[0]
+    return whole.view(heads, width // heads, width)[:kv_heads]
