@@ -16,6 +16,10 @@ from actors.trajectory import Float32Array, Int32Array, Trajectory
 from learner.config import PPOConfig
 from reward_service.score import Score
 
+# What a micro-batch costs beside its tokens (Python, kernel launches), in tokens' worth of work.
+# Measured with Llamas of 1 and 5 million parameters on two cores; little depends on it.
+MICRO_BATCH_OVERHEAD_TOKENS = 96
+
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
 
@@ -173,18 +177,36 @@ def split_over_ranks(rows: Int64Array, lengths: Int32Array, ranks: int) -> list[
     return [np.array(share, np.int64) for share in shares]
 
 
-def micro_batches(rows: Int64Array, lengths: Int32Array, budget: int) -> list[Int64Array]:
-    """Group rows of like length so that rows times longest row is at most ``budget`` tokens.
+def micro_batches(
+    rows: Int64Array,
+    lengths: Int32Array,
+    budget: int,
+    overhead: int = MICRO_BATCH_OVERHEAD_TOKENS,
+) -> list[Int64Array]:
+    """Cut rows, sorted by length, into the groups that cost least, longest first.
 
-    A row that is longer than the budget makes a micro-batch of its own.
+    A group costs its padded tokens (rows times longest row), at most ``budget``, plus
+    ``overhead``: a group more is worth it when it saves that much padding. Exact, by dynamic
+    programming over the sorted rows. A row that is longer than the budget is a group of its own.
     """
-    groups: list[list[int]] = []
-    for row in sorted(rows.tolist(), key=lambda row: (-int(lengths[row]), row)):
-        if groups and int(lengths[groups[-1][0]]) * (len(groups[-1]) + 1) <= budget:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [np.array(group, np.int64) for group in groups]
+    order = rows[np.lexsort((rows, lengths[rows]))]
+    sizes = lengths[order].astype(np.int64)
+    count = len(order)
+    best = np.zeros(count + 1, np.int64)
+    start_of_last = np.zeros(count + 1, np.int64)
+    for end in range(1, count + 1):
+        first = max(0, end - max(1, budget // int(sizes[end - 1])))
+        starts = np.arange(first, end)
+        costs = best[starts] + (end - starts) * sizes[end - 1] + overhead
+        choice = int(np.argmin(costs))
+        best[end], start_of_last[end] = costs[choice], starts[choice]
+    groups = []
+    end = count
+    while end:
+        start = int(start_of_last[end])
+        groups.append(order[start:end])
+        end = start
+    return groups
 
 
 @dataclass(frozen=True, slots=True, eq=False)

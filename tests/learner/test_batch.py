@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -138,6 +140,32 @@ def test_an_epoch_trains_every_row_once_within_the_budget(
                 assert len(group) == 1 or longest * len(group) <= budget
                 trained += group.tolist()
     assert sorted(trained) == list(range(len(lengths)))
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 200), st.integers(0, 60)
+)
+@settings(max_examples=150, deadline=None)
+def test_micro_batches_waste_no_more_than_the_best_of_all_divisions(
+    lengths: list[int], budget: int, overhead: int
+) -> None:
+    def cost(groups: list[list[int]]) -> float:
+        padded = [max(group) * len(group) for group in groups]
+        fits = all(p <= budget or len(g) == 1 for p, g in zip(padded, groups, strict=True))
+        return sum(padded) + overhead * len(groups) if fits else float("inf")
+
+    ordered = sorted(lengths)
+    divisions = []
+    for cuts in itertools.product([False, True], repeat=len(ordered) - 1):
+        groups = [[ordered[0]]]
+        for cut, length in zip(cuts, ordered[1:], strict=True):
+            groups.append([length]) if cut else groups[-1].append(length)
+        divisions.append(groups)
+    sizes = np.array(lengths, np.int32)
+    got = micro_batches(np.arange(len(lengths)), sizes, budget, overhead)
+    longest = [int(sizes[group].max()) for group in got]
+    assert longest == sorted(longest, reverse=True)
+    assert cost([sizes[group].tolist() for group in got]) == min(map(cost, divisions))
 
 
 def test_shuffles_depend_on_seed_update_and_epoch_alone() -> None:

@@ -32,9 +32,9 @@ PPO = PPOConfig(
 )
 
 
-def start(learners: int, model: Path, ppo: PPOConfig = PPO, seed: int = 0) -> PPOLearners:
-    config = LearnersConfig(num_learners=learners, num_cpus_per_learner=1, timeout_s=60)
-    return PPOLearners(ppo, config, model, model, None, temperature=0.8, total_steps=10, seed=seed)
+def start(learners: int, model: Path, threads: int = 1) -> PPOLearners:
+    config = LearnersConfig(num_learners=learners, threads=threads, timeout_s=60)
+    return PPOLearners(PPO, config, model, model, None, temperature=0.8, total_steps=10, seed=0)
 
 
 def gone(pids: list[int], within_s: float = 15.0) -> bool:
@@ -65,12 +65,12 @@ def alone(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("count", "threads"), [(1, 1), (2, 2)])
 def test_remote_learners_give_the_same_as_one_in_this_process(
-    count: int, tiny_llama: Path, alone: dict[str, torch.Tensor], tmp_path: Path
+    count: int, threads: int, tiny_llama: Path, alone: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     """And their state, exported weights and saved policy are what they trained."""
-    with start(count, tiny_llama) as learners:
+    with start(count, tiny_llama, threads=threads) as learners:
         for update in range(2):
             metrics = learners.update(random_batch(7, seed=update))
         got = weights(learners, tmp_path / "state")
