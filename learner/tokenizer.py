@@ -13,6 +13,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHAT_TEMPLATES = {"chatml": CHATML}
+"""Chat templates by name."""
+TURN_END = "<|im_end|>"
 SMALLEST_VOCABULARY = 256 + 3
 """All bytes and the three special tokens."""
 
@@ -23,7 +25,8 @@ def train_tokenizer(
     """A fast Hugging Face tokenizer with pad, BOS (prepended) and EOS (never added by itself).
 
     Digits are tokens of their own, so numbers can be copied digit by digit. Markers of the form
-    ``<|name|>`` in the chat template become special tokens.
+    ``<|name|>`` in the chat template become special tokens; ``<|im_end|>``, which ends a turn in
+    ChatML, is then the EOS token.
 
     Args:
         texts: What to learn the merges from.
@@ -35,6 +38,7 @@ def train_tokenizer(
     from transformers import PreTrainedTokenizerFast
 
     markers = sorted(set(re.findall(r"<\|\w+\|>", chat_template or "")))
+    eos = TURN_END if TURN_END in markers else EOS
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -57,7 +61,7 @@ def train_tokenizer(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         bos_token=BOS,
-        eos_token=EOS,
+        eos_token=eos,
         model_max_length=context,
         clean_up_tokenization_spaces=False,
     )

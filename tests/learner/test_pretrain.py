@@ -24,7 +24,7 @@ from learner.pretrain import (
 )
 from learner.stage import REPORT_FILE, split
 from learner.supervised import STATE_FILE, Interrupted
-from learner.tokenizer import train_tokenizer
+from learner.tokenizer import CHAT_TEMPLATES, train_tokenizer
 
 WORDS = ["storm", "Riverton", "council", "market", "rain", "bank", "river", "mayor", "12", "27"]
 CHINESE = ["暴雨", "淹没", "十二户", "人家", "市长", "说", "明天", "道路", "恢复", "通车"]
@@ -90,6 +90,15 @@ def test_markers_of_the_chat_template_are_single_tokens() -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids[0] == tokenizer.convert_tokens_to_ids("<|start|>")
     assert len(tokenizer("<|end|>", add_special_tokens=False)["input_ids"]) == 1
+
+
+def test_chatml_turns_end_with_eos() -> None:
+    template = CHAT_TEMPLATES["chatml"]
+    tokenizer = train_tokenizer(texts(WORDS, " "), 320, context=64, chat_template=template)
+    turns = [{"role": "user", "content": "rain"}, {"role": "assistant", "content": "bank"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert text.endswith(f"bank{tokenizer.eos_token}\n")
+    assert len(set(tokenizer.all_special_ids)) == 3  # pad, BOS, EOS; <|im_start|> has no role
 
 
 def test_documents_are_cut_so_that_every_token_is_predicted_once() -> None:
