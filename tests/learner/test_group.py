@@ -79,16 +79,16 @@ def test_remote_learners_give_the_same_as_one_in_this_process(
         assert metrics["ppo/kl_coef"] == pytest.approx(0.15 * (1 - 0.2 * 7 / 10_000))
 
         sequences = [[1, 5, 9, 30], [4, 4], [7, 100, 2]]
-        update = learners.export_weights(3, sequences[:2])
-        assert update.version == 3
-        assert update.published
-        assert update.probe is not None
-        tensors = tensors_of(_fetched(update))
+        exported = learners.export_weights(3, sequences[:2])
+        assert exported.version == 3
+        assert exported.published
+        assert exported.probe is not None
+        tensors = tensors_of(_fetched(exported))
         learners.save_policy(tmp_path / "policy")
         _check_policy_directory(tmp_path / "policy", tiny_llama, tensors, learners, sequences)
         for row in range(2):
             np.testing.assert_allclose(
-                update.probe.logprobs[row], learners.logprobs(sequences)[row], atol=1e-6
+                exported.probe.logprobs[row], learners.logprobs(sequences)[row], atol=1e-6
             )
 
         # Going back and on again gives the same bits.

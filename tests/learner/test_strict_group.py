@@ -1,0 +1,93 @@
+"""How the strict group judges answers, on plain actors that stand in for learners."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from learner.strict_group import LearnerGroupFailed, StrictLearnerGroup
+
+
+@ray.remote(num_cpus=0)
+class Stand:
+    def answer(self, value: int, *, sleep_s: float = 0.0, error: Exception | None = None) -> int:
+        time.sleep(sleep_s)
+        if error is not None:
+            raise error
+        return value
+
+
+@pytest.fixture
+def build(ray_session: None) -> Iterator[Callable[[int], StrictLearnerGroup]]:
+    groups: list[StrictLearnerGroup] = []
+
+    def make(count: int) -> StrictLearnerGroup:
+        group = StrictLearnerGroup.__new__(StrictLearnerGroup)
+        group.config = SimpleNamespace(num_learners=count)
+        group._workers = [Stand.remote() for _ in range(count)]
+        group._is_shut_down = False
+        ray.get([worker.answer.remote(0) for worker in group._workers])
+        groups.append(group)
+        return group
+
+    yield make
+    for group in groups:
+        group.abort()
+
+
+def call(group: StrictLearnerGroup, *cases: dict[str, Any], **options: Any) -> list[Any]:
+    arguments = [{"value": index, **case} for index, case in enumerate(cases)]
+    return group.call("answer", arguments, options.pop("timeout_s", 20.0), **options)
+
+
+def test_results_come_in_the_order_of_the_learners(
+    build: Callable[[int], StrictLearnerGroup],
+) -> None:
+    group = build(3)
+    assert call(group, {"sleep_s": 0.3}, {}, {"sleep_s": 0.1}) == [0, 1, 2]
+    assert call(group, {}) == [0]  # only the first learner is asked
+
+
+def test_a_silent_learner_is_named_at_the_deadline(
+    build: Callable[[int], StrictLearnerGroup],
+) -> None:
+    group = build(2)
+    with pytest.raises(LearnerGroupFailed, match=r"learners \[1\] of 2 .* within 1 s"):
+        call(group, {}, {"sleep_s": 30}, timeout_s=1.0)
+    with pytest.raises(LearnerGroupFailed, match="after they were shut down"):
+        call(group, {}, {})
+
+
+def test_arguments_that_all_refuse_leave_the_group_alive(
+    build: Callable[[int], StrictLearnerGroup],
+) -> None:
+    group = build(2)
+    no_file = {"error": FileNotFoundError("no such checkpoint")}
+    with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+        call(group, no_file, no_file, may_refuse=True)
+    assert call(group, {}, {}) == [0, 1]
+
+
+def test_a_refusal_by_one_learner_alone_ends_the_group(
+    build: Callable[[int], StrictLearnerGroup],
+) -> None:
+    """The others have done what they were asked: they are no longer in step."""
+    group = build(2)
+    with pytest.raises(LearnerGroupFailed, match="learner 1 of 2 failed in answer: ValueError: no"):
+        call(group, {}, {"error": ValueError("no")}, may_refuse=True)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(group._workers[0].answer.remote(0))
+
+
+def test_the_cause_is_told_not_what_followed_from_it(
+    build: Callable[[int], StrictLearnerGroup],
+) -> None:
+    group = build(2)
+    lost = {"error": RuntimeError("[gloo] Connection closed by peer")}
+    with pytest.raises(LearnerGroupFailed, match=r"learner 1 of 2 .* ZeroDivisionError: cause"):
+        call(group, lost, {"error": ZeroDivisionError("cause"), "sleep_s": 0.5})
