@@ -75,6 +75,8 @@ def main(debug: bool) -> None:  # noqa: ARG001  (read from the context)
     # Ray and vLLM start many processes: without bytecode each of them compiles all it imports.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
+    # Threads that spin while they wait slow every other process on the same cores down.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def stage_command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:

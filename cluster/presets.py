@@ -15,7 +15,12 @@ from learner.config import (
     RewardModelConfig,
     SFTConfig,
 )
-from reward_service.config import CollectConfig, RewardConfig, RewardServiceConfig
+from reward_service.config import (
+    CollectConfig,
+    JudgeConfig,
+    RewardConfig,
+    RewardServiceConfig,
+)
 
 
 def quickstart_config(*, run_dir: Path, language: str = "en", seed: int = 0) -> RunConfig:
@@ -27,12 +32,31 @@ def quickstart_config(*, run_dir: Path, language: str = "en", seed: int = 0) -> 
             newswire=NewswireConfig.model_validate({"language": language}), max_prompt_tokens=96
         ),
         pretrain=PretrainConfig(
+            vocab_size=768,
             context=256,
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_share=0.05, schedule="cosine"),
+            epochs=1.2,
+            tokens_per_step=2048,
+            tokens_per_micro_batch=2048,
+            held_out_share=0.02,
+            evaluations=2,
+            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_share=0.05),
         ),
-        sft=SFTConfig(optimizer=OptimizerConfig(learning_rate=1e-3)),
-        collect=CollectConfig(),
-        reward_model=RewardModelConfig(optimizer=OptimizerConfig(learning_rate=5e-4)),
+        sft=SFTConfig(
+            epochs=1.0,
+            tokens_per_step=2048,
+            tokens_per_micro_batch=2048,
+            held_out_share=0.02,
+            evaluations=1,
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_share=0.05),
+        ),
+        collect=CollectConfig(pairs=1200, judge=JudgeConfig(noise=0.08)),
+        reward_model=RewardModelConfig(
+            epochs=3,
+            tokens_per_step=2048,
+            tokens_per_micro_batch=2048,
+            held_out_share=0.15,
+            optimizer=OptimizerConfig(learning_rate=5e-4, warmup_share=0.05),
+        ),
         sampling=SamplingConfig(max_new_tokens=96),
         rollout=RolloutConfig(engine=EngineConfig(threads=2, max_num_seqs=128)),
         reward=RewardConfig(service=RewardServiceConfig(port=0, threads=2)),
@@ -43,7 +67,7 @@ def quickstart_config(*, run_dir: Path, language: str = "en", seed: int = 0) -> 
             epochs=2,
             minibatches=4,
             kl=KLConfig(coef=0.05),
-            policy=OptimizerConfig(learning_rate=3e-4, betas=(0.9, 0.999)),
+            policy=OptimizerConfig(learning_rate=1e-4, betas=(0.9, 0.999)),
             critic=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.999)),
         ),
         evaluate=EvaluateConfig(prompts=128),

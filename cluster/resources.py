@@ -109,3 +109,14 @@ def wait_for_room(need: Mapping[str, float], timeout_s: float, say: Callable[[st
 
 def _amounts(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount) or "none"
+
+
+def silence_ray_streams() -> None:
+    """Stop Ray from printing remote output on this driver, for what remains of the session.
+
+    Serve ends its controller by killing it, and Ray reports each of its open calls as a failed
+    task that it will retry; nothing is wrong and nothing is retried.
+    """
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")

@@ -17,7 +17,7 @@ from types import TracebackType
 from actors.rollout import RolloutPool
 from cluster.config import RunConfig
 from cluster.progress import Reporter
-from cluster.resources import demand, ray_session, wait_for_room
+from cluster.resources import demand, ray_session, silence_ray_streams, wait_for_room
 from cluster.stop import StopRequest
 from learner.group import PPOLearners
 from reward_service.config import RewardConfig, RewardTerm
@@ -112,6 +112,7 @@ class Session:
 
     def _end_service(self) -> None:
         if self._service is not None:
+            silence_ray_streams()
             self._service.shutdown()
 
     def _own(self, make_learners: Callable[[], PPOLearners]) -> PPOLearners:
