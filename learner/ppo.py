@@ -138,7 +138,8 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
             self._module.add_module(name, wrapped, override=True)
 
     def shutdown(self) -> None:
-        self.lanes.shutdown()
+        if hasattr(self, "lanes"):  # not when building failed
+            self.lanes.shutdown()
 
     # ---- one iteration -------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,12 @@ def test_token_ids_beyond_the_vocabulary_are_refused(tiny_llama: Path) -> None:
 def test_bad_directories_and_temperature_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="not a model directory"):
         in_process(ppo(), tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    config = (other / "config.json").read_text().replace("LlamaForCausalLM", "BertModel")
+    (other / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="holds BertModel, but a causal language model is needed"):
+        in_process(ppo(), tiny_llama, reference_dir=other)
     with pytest.raises(ValueError, match="temperature is 0"):
         in_process(ppo(), tiny_llama, temperature=0.0)
 
