@@ -39,8 +39,9 @@ class DataConfig(StrictConfig):
       ``owner/name@split`` or ``owner/name:subset@split``.
 
     By default a row has a prompt in ``prompt_field`` (a text, or a list of chat messages) and a
-    response in ``response_field``. Two views read other shapes of data; they apply to
-    prompts, corpus and sft alike: ``news_paragraphs`` and ``prompt_words``.
+    response in ``response_field``; a list of messages that ends with the assistant's turn is both.
+    Two views read other shapes of data; they apply to prompts, corpus and sft alike:
+    ``news_paragraphs`` and ``prompt_words``.
     """
 
     newswire: NewswireConfig | None = Field(None, description="generate the data; excludes files")

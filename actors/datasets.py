@@ -103,7 +103,9 @@ def load_demonstrations(source: str, config: DataConfig) -> list[Demonstration]:
             return None
         response = example.response
         if response is None:
-            response = _response(row, config.response_field, "data.response_field")
+            response = _response(
+                row, config.response_field, "data.response_field", example.text, example.messages
+            )
         return Demonstration(
             example_id=_identity(row, config),
             prompt=example.text,
@@ -124,13 +126,18 @@ def load_preferences(source: str, config: DataConfig) -> list[Preference]:
     """
 
     def record(row: Row) -> Preference:
-        text, messages = _prompt(row, config)
+        text, messages, response = _prompt(row, config)
+        if response is not None:
+            raise ValueError(
+                f"{row.where}: field {config.prompt_field!r}: the last message is the assistant's, "
+                "but a prompt ends where the assistant should go on"
+            )
         used = {config.prompt_field, config.chosen_field, config.rejected_field, config.id_field}
         return Preference(
             example_id=_identity(row, config),
             prompt=text,
-            chosen=_response(row, config.chosen_field, "data.chosen_field"),
-            rejected=_response(row, config.rejected_field, "data.rejected_field"),
+            chosen=_response(row, config.chosen_field, "data.chosen_field", text, messages),
+            rejected=_response(row, config.rejected_field, "data.rejected_field", text, messages),
             messages=messages,
             meta=_meta(row, used),
         )
@@ -220,9 +227,9 @@ def _view(row: Row, config: DataConfig) -> _Example | None:
         text, response = whole[: words[-2].end()], whole[words[-2].end() :]
         used = {config.text_field}
     else:
-        text, messages = _prompt(row, config)
+        text, messages, response = _prompt(row, config)
         used = {config.prompt_field, config.id_field}
-        return _Example(text, messages, None, frozenset(used))
+        return _Example(text, messages, response, frozenset(used))
     used.add(config.id_field)
     return _Example(*_as_dialogue(text, config), response, frozenset(used))
 
@@ -234,33 +241,42 @@ def _as_dialogue(text: str, config: DataConfig) -> tuple[str, tuple[Message, ...
     return text, ()
 
 
-def _prompt(row: Row, config: DataConfig) -> tuple[str, tuple[Message, ...]]:
-    """(text, messages) of the prompt column, one of them empty."""
-    key = "data.prompt_field"
-    value = _value(row, config.prompt_field, key)
+def _prompt(row: Row, config: DataConfig) -> tuple[str, tuple[Message, ...], str | None]:
+    """(text, messages, response) of the prompt column; text or messages are empty.
+
+    A whole dialogue, which ends with the assistant's turn, holds its own response.
+    """
+    name, key = config.prompt_field, "data.prompt_field"
+    value = _value(row, name, key)
     if not isinstance(value, list):
-        return _as_dialogue(_text(row, config.prompt_field, key), config)
-    messages = _messages(row, config.prompt_field, value)
-    if messages[-1]["role"] == "assistant":
+        return *_as_dialogue(_text(row, name, key), config), None
+    messages = _messages(row, name, value)
+    if messages[-1]["role"] != "assistant":
+        return "", messages, None
+    if len(messages) == 1 or config.response_field in row.values:
+        reason = "nothing before it" if len(messages) == 1 else f"{config.response_field!r} too"
         raise ValueError(
-            f"{row.where}: field {config.prompt_field!r}: the last message is the assistant's, but "
-            "a prompt ends where the assistant should go on: move it to the response"
+            f"{row.where}: field {name!r}: the last message is the assistant's, so it is the "
+            f"response, but there is {reason}"
         )
-    return "", messages
+    return "", messages[:-1], messages[-1]["content"]
 
 
-def _response(row: Row, name: str, key: str) -> str:
-    """A response column: a text, or a list with the assistant's one message."""
+def _response(
+    row: Row, name: str, key: str, text: str = "", messages: tuple[Message, ...] = ()
+) -> str:
+    """A response column: a text, the assistant's one message, or the prompt and then that."""
     value = _value(row, name, key)
     if not isinstance(value, list):
         return _text(row, name, key)
-    messages = _messages(row, name, value)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
+    *before, last = _messages(row, name, value)
+    prompt = list(messages) or [Message(role="user", content=text)]
+    if last["role"] != "assistant" or (before and before != prompt):
         raise ValueError(
-            f"{row.where}: field {name!r}: a response is a text or a list with one assistant "
-            f"message, got {len(messages)} messages: put the turns before it into the prompt"
+            f"{row.where}: field {name!r}: a response is a text, or messages that end with the "
+            "assistant's turn and begin with it or with the turns of the prompt"
         )
-    return messages[0]["content"]
+    return last["content"]
 
 
 def _article(row: Row, config: DataConfig) -> tuple[str, list[str]]:

@@ -190,6 +190,40 @@ def test_dialogues(tmp_path: Path, kind: str) -> None:
     assert dict(pair.meta) == {"response": answer}
 
 
+def test_a_whole_dialogue_holds_its_response(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "Hi."}
+    source = str(write_jsonl(tmp_path / "x.jsonl", [{"messages": [*TURNS, answer], "topic": "t"}]))
+    config = DataConfig(prompt_field="messages")
+    (demonstration,) = load_demonstrations(source, config)
+    assert (list(demonstration.messages), demonstration.response) == (TURNS, "Hi.")
+    (prompt,) = load_prompts(source, config)
+    assert (list(prompt.messages), prompt.meta) == (TURNS, {"topic": "t"})
+    twice = write_jsonl(tmp_path / "y.jsonl", [{"messages": [*TURNS, answer], "response": "r"}])
+    with pytest.raises(
+        ValueError, match=r"y\.jsonl:1: .*so it is the response, but .*'response' t"
+    ):
+        load_prompts(str(twice), config)
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: .*a prompt ends where the assistant should"):
+        load_preferences(source, config)
+
+
+def test_chosen_and_rejected_may_repeat_the_prompt(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "Hello?"}
+    row = {
+        "prompt": "Hello?",
+        "chosen": [user, {"role": "assistant", "content": "Hi."}],
+        "rejected": [user, {"role": "assistant", "content": "No."}],
+    }
+    source = str(write_jsonl(tmp_path / "x.jsonl", [row]))
+    (pair,) = load_preferences(source, DataConfig())
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("Hello?", "Hi.", "No.")
+    (pair,) = load_preferences(source, DataConfig(chat_template=True))
+    assert (pair.messages, pair.chosen, pair.rejected) == ((user,), "Hi.", "No.")
+    other = write_jsonl(tmp_path / "y.jsonl", [row | {"prompt": "Goodbye?"}])
+    with pytest.raises(ValueError, match=r"y\.jsonl:1: field 'chosen': .*the turns of the prompt"):
+        load_preferences(str(other), DataConfig())
+
+
 def test_with_a_chat_template_a_text_prompt_is_a_users_turn_in_every_stage(tmp_path: Path) -> None:
     row = {"prompt": "Hello?", "response": "Hi.", "chosen": "Hi.", "rejected": "No."}
     source = str(write_jsonl(tmp_path / "x.jsonl", [row]))
@@ -293,11 +327,11 @@ BAD_LINES = [
     ),
     (
         '{"prompt": [{"role": "assistant", "content": "x"}], "response": "r"}',
-        r"the last message is the assistant's",
+        r"the last message is the assistant's, so it is the response, but there is nothing before",
     ),
     (
         '{"prompt": "p", "response": [{"role": "user", "content": "x"}]}',
-        r"field 'response': a response is a text or a list with one assistant message",
+        r"field 'response': a response is a text, or messages that end with the assistant's turn",
     ),
     ('{"id": 1.5, "prompt": "p", "response": "r"}', r"field 'id' must be a text or a whole number"),
     ('{"id": true, "prompt": "p", "response": "r"}', r"field 'id' .*got a truth value"),
