@@ -12,6 +12,7 @@ succeeds every request is refused.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import os
 import time
@@ -300,6 +301,7 @@ def _build(model_dir: Path, config: EngineConfig) -> tuple[Any, HeadPadding | No
             # cannot rewind a generator of the CPU ("CPU Generator does not use offset").
             "enable_chunked_prefill": False,
         }
+        _import_model_class(model_dir)
         padding = head_padding(model_dir, CPUAttentionBackend.get_supported_head_sizes())
     if padding is not None:
         arguments |= {"hf_overrides": {"head_dim": padding.wide}, "load_format": "dummy"}
@@ -326,3 +328,18 @@ def _build(model_dir: Path, config: EngineConfig) -> tuple[Any, HeadPadding | No
     except Exception as error:
         raise RuntimeError(f"vLLM cannot serve {model_dir}: {error}") from error
     return llm, padding
+
+
+def _import_model_class(model_dir: Path) -> None:
+    """Have vLLM look at the model's class in this process.
+
+    It would start another one to look from, for half a minute at the first start on a machine,
+    because a class may touch CUDA when it is imported. Without CUDA there is no need.
+    """
+    from vllm import ModelRegistry
+
+    config = json.loads((model_dir / "config.json").read_text())
+    for architecture in config.get("architectures") or []:
+        registered = ModelRegistry.models.get(architecture)
+        if registered is not None:
+            ModelRegistry.register_model(architecture, registered.load_model_cls())

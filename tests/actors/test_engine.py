@@ -127,11 +127,12 @@ def boxes(
     tiny_llama_untied: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[str, Box]]:
-    config = EngineConfig(max_num_seqs=8, kv_cache_gib=0.1)
+    config = EngineConfig(max_num_seqs=16, kv_cache_gib=0.1)
+    scarce = config.model_copy(update={"kv_cache_gib": 0.002})  # 16 blocks of 128 tokens
     narrow = narrow_llama(tmp_path_factory.mktemp("narrow"))
     started = {
         "tied": Box(tiny_llama, config),
-        "untied": Box(tiny_llama_untied, config),
+        "untied": Box(tiny_llama_untied, scarce),
         "narrow": Box(narrow, config.model_copy(update={"weight_transfer": "nccl"})),
     }
     yield started
@@ -226,6 +227,46 @@ def test_a_sample_depends_on_its_seed_and_on_nothing_beside_it(tied: Box) -> Non
         assert alone.token_ids.tolist() == backwards[name].token_ids.tolist()
         np.testing.assert_allclose(alone.logprobs, together[name].logprobs, atol=1e-5)
     assert together["0-1"].token_ids.tolist() != together["0-2"].token_ids.tolist()
+
+
+def test_more_prompts_than_one_step_can_take_leave_samples_as_they_are(tied: Box) -> None:
+    """16 x 250 tokens exceed a step's budget; a seeded prompt must not be taken in pieces."""
+    prompts = [[1 + (13 * i + 7 * j) % 500 for j in range(250)] for i in range(16)]
+    requests = [request(f"{i}", p, seed=i, max_new_tokens=5) for i, p in enumerate(prompts)]
+    together = tied.sample(requests)
+    for asked in requests[::5]:
+        alone = tied.sample([asked])[asked.request_id]
+        assert alone.token_ids.tolist() == together[asked.request_id].token_ids.tolist()
+
+
+def test_samples_that_are_preempted_come_out_the_same(boxes: dict[str, Box]) -> None:
+    """With memory for 16 blocks, responses that grow into a second block displace others."""
+    prompts = [[1 + (13 * i + 7 * j) % 500 for j in range(122)] for i in range(16)]
+    requests = [request(f"{i}", p, seed=i, max_new_tokens=60) for i, p in enumerate(prompts)]
+
+    def command(engine: VLLMEngine) -> tuple[dict[str, Completion], int]:
+        scheduler = engine._llm.engine_core.engine_core.scheduler
+        preempt, count = scheduler._preempt_request, [0]
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            count[0] += 1
+            return preempt(*args, **kwargs)
+
+        scheduler._preempt_request = counted
+        for asked in requests:
+            engine.add(asked)
+        done = {}
+        while engine.busy:
+            done.update({c.request_id: c for c in engine.step()})
+        scheduler._preempt_request = preempt
+        return done, count[0]
+
+    crowded, preemptions = boxes["untied"].run(command)
+    assert preemptions > 0
+    for asked in requests:
+        alone = boxes["untied"].sample([asked])[asked.request_id]
+        assert alone.token_ids.tolist() == crowded[asked.request_id].token_ids.tolist()
+        np.testing.assert_allclose(alone.logprobs, crowded[asked.request_id].logprobs, atol=1e-5)
 
 
 def test_a_response_ends_at_any_of_the_eos_ids_and_keeps_it(tied: Box) -> None:
