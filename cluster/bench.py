@@ -28,7 +28,7 @@ from cluster.session import Session
 from cluster.stop import StopRequest
 from cluster.train import Sample, train
 from learner.config import LearnersConfig, OptimizerConfig, PPOConfig
-from learner.group import PPOLearners
+from learner.group import PPOLearners, cpu_has_bfloat16
 from reward_service.config import RewardConfig, RewardServiceConfig, RewardTerm
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
@@ -53,11 +53,11 @@ def bench_ppo(place: Path, repeats: int) -> dict[str, Any]:
     """One PPO iteration (generate, score, learn, broadcast) against bare vLLM and bare torch.
 
     The floor is measured on the same prompts and batch: bare ``LLM.generate`` with one and with
-    two threads, and bare torch forwards, backwards and steps in float32 and in bfloat16; the best
-    of each counts. Scoring and the weight update have no floor: they are ours to pay.
+    two threads, and bare torch forwards, backwards and steps in float32 and, where the CPU has
+    instructions for it, in bfloat16; the best of each counts. Scoring and the weight update have no floor: they are ours to pay.
     """
     model, reward_model = build_models(place, hidden=256, layers=6)
-    bf16 = cpu_has_bf16()
+    bf16 = cpu_has_bfloat16()
     prompts = random_prompts()
     floor = _floor(place, model, prompts)
     config = _bench_config(place, model, reward_model, steps=repeats + 1, bf16=bf16)
@@ -178,19 +178,6 @@ def random_prompts() -> list[Prompt]:
     ]
 
 
-def cpu_has_bf16() -> bool:
-    """Whether bfloat16 matrix products have instructions of their own here."""
-    import torch
-
-    if torch.cuda.is_available():
-        return True
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 class _Log:
     def __init__(self) -> None:
         self.next_step = 0
@@ -285,7 +272,7 @@ def _floor(place: Path, model: Path, prompts: Sequence[Prompt]) -> dict[str, Any
     request = {"model": str(model), "prompts": ids, "responses": best["responses"]}
     learnings = {
         bf16: _bare("learn", place, request | {"bf16": bf16}, cores)["seconds"]
-        for bf16 in (False, True)
+        for bf16 in ([False, True] if cpu_has_bfloat16() else [False])
     }
     bf16, learn = min(learnings.items(), key=lambda item: item[1])
     return {
