@@ -26,7 +26,7 @@ from cluster.config import RunConfig
 from cluster.progress import Reporter
 from cluster.session import Session
 from cluster.stop import StopRequest
-from cluster.train import Sample, train
+from cluster.train import PROBE_SEQUENCES, PROBE_TOKENS, Sample, train
 from learner.config import LearnersConfig, OptimizerConfig, PPOConfig
 from learner.group import PPOLearners, cpu_has_bfloat16
 from reward_service.config import RewardConfig, RewardServiceConfig, RewardTerm
@@ -54,7 +54,8 @@ def bench_ppo(place: Path, repeats: int) -> dict[str, Any]:
 
     The floor is measured on the same prompts and batch: bare ``LLM.generate`` with one and with
     two threads, and bare torch forwards, backwards and steps in float32 and, where the CPU has
-    instructions for it, in bfloat16; the best of each counts. Scoring and the weight update have no floor: they are ours to pay.
+    instructions for it, in bfloat16; the best of each counts. Scoring and the weight update have
+    no floor: they are ours to pay.
     """
     model, reward_model = build_models(place, hidden=256, layers=6)
     bf16 = cpu_has_bfloat16()
@@ -94,7 +95,7 @@ def bench_weights(place: Path, repeats: int) -> dict[str, Any]:
     updates, copies, exports = [], [], []
     with Session(config, reporter, StopRequest(reporter.say)) as session:
         parts = session.parts(model, config.reward.terms, lambda: _learners(config, model, None))
-        probe = [p.token_ids.tolist() for p in random_prompts()[:4]]
+        probe = [p.token_ids.tolist()[-PROBE_TOKENS:] for p in random_prompts()[:PROBE_SEQUENCES]]
         for version in range(1, repeats + 2):
             started = time.perf_counter()
             update = parts.learners.export_weights(version, probe)

@@ -25,8 +25,9 @@ from learner.group import PPOLearners
 from reward_service.rewards import Reward, score_stream
 from reward_service.score import Score
 
-PROBE_SEQUENCES = 4
-PROBE_TOKENS = 64
+PROBE_SEQUENCES = 2
+PROBE_TOKENS = 16
+"""Enough to show a stale or misplaced tensor, which moves every log-probability, and cheap."""
 
 Measure = Callable[[Trajectory], Mapping[str, float]]
 """Figures about a sample that are recorded but never trained on (true quality)."""
