@@ -78,6 +78,7 @@ class EngineThread:
         )
         self._waiting: dict[str, Callable[[Outcome], None]] = {}
         self._lost: EngineLost | None = None
+        self._closing = threading.Lock()
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -89,10 +90,11 @@ class EngineThread:
     def call(self, command: Callable[[Engine], T]) -> Future[T]:
         """Run ``command`` on the engine thread, between two steps."""
         future: Future[T] = Future()
-        if self._lost is not None:
-            future.set_exception(self._lost)
-        else:
-            self._commands.put((command, future))
+        with self._closing:  # no command may slip in behind the last one that is answered
+            if self._lost is None:
+                self._commands.put((command, future))
+            else:
+                future.set_exception(self._lost)
         return future
 
     def submit(
@@ -158,7 +160,8 @@ class EngineThread:
                     raise
 
     def _lose(self, error: BaseException) -> None:
-        self._lost = error if isinstance(error, EngineLost) else EngineLost(repr(error))
+        with self._closing:
+            self._lost = error if isinstance(error, EngineLost) else EngineLost(repr(error))
         for request_id, deliver in self._waiting.items():
             deliver(Refused(request_id=request_id, reason=str(self._lost), engine_lost=True))
         self._waiting.clear()

@@ -283,6 +283,27 @@ def test_an_actor_lost_while_generating_costs_no_sample(
     assert tokens(generate(pool)) == undisturbed
 
 
+def break_engine(actor: Any) -> None:
+    """Runs in an actor: its engine's next step raises, as a failed kernel would."""
+
+    def fail() -> None:
+        raise RuntimeError("a kernel failed")
+
+    actor._engine.call(lambda engine: setattr(engine._llm, "step", fail)).result()
+
+
+def test_an_actor_whose_engine_breaks_is_replaced(pool: RolloutPool, learner: Any) -> None:
+    pool.load(ray.get(learner.train.remote(40)))
+    undisturbed = tokens(generate(pool))
+    before = pids(pool)
+    broken = pool.handles[1]
+    ray.get(broken.__ray_call__.remote(break_engine))
+    assert tokens(generate(pool)) == undisturbed
+    assert tokens(generate(pool)) == undisturbed
+    assert pids(pool)[0] == before[0]
+    assert pids(pool)[1] != before[1]
+
+
 def test_a_sample_that_fails_every_time_is_set_aside_with_its_reason(
     pool: RolloutPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
