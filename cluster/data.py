@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
 
 from actors.datasets import (
     Preference,
@@ -104,13 +103,7 @@ def judged_quality(data: RunData, function: str | None) -> Callable[[RawPrompt, 
             "set collect.quality to package.module:function, or collect.source to "
             "demonstrations or preferences"
         )
-    return lambda prompt, response: graded_quality(prompt.meta, response)
-
-
-def graded_quality(meta: Mapping[str, Any], response: str) -> float:
-    """The mean of the parts of true quality: judges see how much is wrong, not only that."""
-    parts = true_quality(meta, response).parts
-    return sum(parts.values()) / len(parts)
+    return lambda prompt, response: true_quality(prompt.meta, response).score
 
 
 def _named(source: str | None, field: str, stage: str) -> str:

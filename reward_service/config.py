@@ -79,7 +79,14 @@ class JudgeConfig(StrictConfig):
     """Simulated judges. Each draws its own noise and biases around these."""
 
     judges: int = Field(5, ge=1)
-    judgements_per_pair: int = Field(3, ge=1, description="how many judges see each pair")
+    judgements_per_pair: int = Field(3, ge=1, description="how many judges see a shared pair")
+    shared: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of pairs that several judges see, to measure their agreement; the"
+        " others get one judgement each, which teaches a reward model more for the same effort",
+    )
     noise: float = Field(0.15, ge=0, description="standard deviation added to true quality")
     position_bias: float = Field(
         0.03, ge=0, description="spread of the favour for what is shown first, in units of quality"

@@ -9,7 +9,7 @@ import numpy as np
 from actors.trajectory import Message, Trajectory
 from reward_service.comparison import Annotator, Candidate, Comparison, Pair
 from reward_service.config import JudgeConfig
-from reward_service.feedback.judges import Quality, assign, make_judges
+from reward_service.feedback.judges import Quality, assign, is_shared, make_judges
 from reward_service.feedback.store import FeedbackStore
 
 STORE_EVERY = 256
@@ -97,7 +97,8 @@ def collect_judgements(
     collected: list[Comparison] = []
     unsaved: list[Comparison] = []
     for number, pair in enumerate(pairs, start=1):
-        panel = assign(pair, judges, config.judgements_per_pair, seed)
+        shared = is_shared(pair, config.shared, seed)
+        panel = assign(pair, judges, config.judgements_per_pair if shared else 1, seed)
         unsaved += [judge.judge(pair, quality) for judge in panel]
         if len(unsaved) >= STORE_EVERY or number == len(pairs):
             store.add_comparisons(unsaved)

@@ -104,6 +104,11 @@ def assign(
     return [judges[number] for number in sorted(chosen)]
 
 
+def is_shared(pair: Pair, share: float, seed: int) -> bool:
+    """Whether several judges see this pair; always the same answer for a pair."""
+    return bool(_rng(seed, "shared", pair.item_id).random() < share)
+
+
 def _rng(seed: int, *key: str) -> np.random.Generator:
     text = "\x00".join([str(seed), *key])
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
