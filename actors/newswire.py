@@ -30,18 +30,19 @@ from actors.trajectory import Demonstration
 Language = Literal["en", "zh"]
 
 FAULT_WEIGHTS = {
-    "wrong_fact": 0.34,
-    "off_topic": 0.16,
+    "wrong_fact": 0.16,
+    "off_topic": 0.12,
     "repetition": 0.16,
-    "thin": 0.16,
-    "padded": 0.18,
+    "thin": 0.28,
+    "padded": 0.28,
 }
 """How the faults share the blame; they sum to 1.
 
 Faults are drawn independently, fault f with probability ``1 - good_share ** weight[f]``, so the
 probability of none of them is exactly ``good_share``, and every single decision (which place to
 name, whether to go on) is right in most paragraphs: a model learns the right choice as its most
-likely one, yet seldom makes all of them right.
+likely one, yet seldom makes all of them right. Thin and padded weigh most because a small reward
+model sees them first; wrong facts weigh little because every one of them is a lesson not to copy.
 """
 
 FULL_LENGTH_SHARE = 0.25

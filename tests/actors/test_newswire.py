@@ -99,7 +99,7 @@ def test_the_same_seed_gives_the_same_articles_on_every_machine() -> None:
 
     assert digest("en", 0) == digest("en", 0)
     assert digest("en", 0) != digest("en", 1)
-    assert (digest("en", 0), digest("zh", 0)) == ("0fd55a9f232a3c2a", "350fc677f0f22668")
+    assert (digest("en", 0), digest("zh", 0)) == ("72e31f4c2167e093", "2c05f0f4103792c3")
 
 
 def test_a_larger_newswire_begins_with_the_smaller_one() -> None:
