@@ -32,9 +32,9 @@ def quickstart_config(*, run_dir: Path, language: str = "en", seed: int = 0) -> 
             newswire=NewswireConfig.model_validate({"language": language}), max_prompt_tokens=96
         ),
         pretrain=PretrainConfig(
-            vocab_size=768,
+            vocab_size=2048,
             context=256,
-            epochs=1.2,
+            epochs=1.6,
             tokens_per_step=2048,
             tokens_per_micro_batch=2048,
             held_out_share=0.02,
@@ -51,7 +51,7 @@ def quickstart_config(*, run_dir: Path, language: str = "en", seed: int = 0) -> 
         ),
         collect=CollectConfig(pairs=2500, judge=JudgeConfig(noise=0.15, shared=0.1)),
         reward_model=RewardModelConfig(
-            epochs=1,
+            epochs=2,
             tokens_per_step=2048,
             tokens_per_micro_batch=2048,
             held_out_share=0.1,
@@ -66,8 +66,8 @@ def quickstart_config(*, run_dir: Path, language: str = "en", seed: int = 0) -> 
             prompts_per_step=64,
             epochs=2,
             minibatches=4,
-            kl=KLConfig(coef=0.05),
-            policy=OptimizerConfig(learning_rate=1e-4, betas=(0.9, 0.999)),
+            kl=KLConfig(coef=0.03),
+            policy=OptimizerConfig(learning_rate=2e-4, betas=(0.9, 0.999)),
             critic=OptimizerConfig(learning_rate=1e-3, betas=(0.9, 0.999)),
         ),
         evaluate=EvaluateConfig(prompts=128),

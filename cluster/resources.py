@@ -36,8 +36,10 @@ def demand(config: RunConfig, *, learners: bool) -> dict[str, float]:
 
 
 @contextmanager
-def ray_session(config: RunConfig) -> Iterator[None]:
+def ray_session(config: RunConfig) -> Iterator[bool]:
     """Connect to the configured cluster, or start Ray on this machine and end it afterwards.
+
+    Yields whether Ray was not connected before, so that this session is the only one that uses it.
 
     The local Ray's CPUs are logical: the stages of a PPO step take turns on the cores, so a
     laptop's two cores may hold generators, learners and the reward service at once.
@@ -52,7 +54,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
         ray.init(**_init_arguments(cluster, demand(config, learners=True)["CPU"]))
     try:
-        yield
+        yield started_here
     finally:
         if started_here:
             ray.shutdown()
@@ -111,12 +113,13 @@ def _amounts(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount) or "none"
 
 
-def silence_ray_streams() -> None:
-    """Stop Ray from printing remote output on this driver, for what remains of the session.
+def stop_listening_to_ray() -> None:
+    """Stop Ray from reporting errors on this driver, just before it is shut down.
 
     Serve ends its controller by killing it, and Ray reports each of its open calls as a failed
-    task that it will retry; nothing is wrong and nothing is retried.
+    task that it will retry; nothing is wrong and nothing is retried. There is no public switch.
     """
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher
+    from ray._private.worker import global_worker
 
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    global_worker.threads_stopped.set()
+    global_worker.gcs_error_subscriber.close()

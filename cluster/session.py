@@ -17,7 +17,7 @@ from types import TracebackType
 from actors.rollout import RolloutPool
 from cluster.config import RunConfig
 from cluster.progress import Reporter
-from cluster.resources import demand, ray_session, silence_ray_streams, wait_for_room
+from cluster.resources import demand, ray_session, stop_listening_to_ray, wait_for_room
 from cluster.stop import StopRequest
 from learner.group import PPOLearners
 from reward_service.config import RewardConfig, RewardTerm
@@ -34,6 +34,7 @@ class Session:
         self._stop = stop
         self._stack = ExitStack()
         self._connected = False
+        self._owns_ray = False
         self._pool: RolloutPool | None = None
         self._loaded: Path | None = None
         self._service: RewardService | None = None
@@ -52,7 +53,7 @@ class Session:
     def connect(self, *, learners: bool = False) -> None:
         """Connect to Ray and wait until it is large enough for what comes."""
         if not self._connected:
-            self._stack.enter_context(ray_session(self._config))
+            self._owns_ray = self._stack.enter_context(ray_session(self._config))
             self._connected = True
             # Ended last, just before Ray: its long polls would complain in between.
             self._stack.callback(self._end_service)
@@ -112,7 +113,8 @@ class Session:
 
     def _end_service(self) -> None:
         if self._service is not None:
-            silence_ray_streams()
+            if self._owns_ray:
+                stop_listening_to_ray()
             self._service.shutdown()
 
     def _own(self, make_learners: Callable[[], PPOLearners]) -> PPOLearners:

@@ -55,6 +55,9 @@ class PretrainConfig(SupervisedConfig):
     kv_heads: int = Field(4, ge=1)
     intermediate_size: int = Field(384, ge=8)
     context: int = Field(256, ge=16, description="positions the model is built for")
+    rope_theta: float = Field(
+        100_000.0, gt=0, description="base of the rotary positions; large values turn slowly"
+    )
     tie_embeddings: bool = True
     chat_template: str | None = Field(
         None, description="give the new tokenizer a chat template: chatml, or Jinja text"

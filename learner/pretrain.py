@@ -192,6 +192,7 @@ def _new_llama(config: PretrainConfig, tokenizer: Any, seed: int) -> Any:
                 num_attention_heads=config.heads,
                 num_key_value_heads=config.kv_heads,
                 max_position_embeddings=config.context,
+                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
                 tie_word_embeddings=config.tie_embeddings,
                 pad_token_id=tokenizer.pad_token_id,
                 bos_token_id=tokenizer.bos_token_id,

@@ -24,6 +24,7 @@ TINY = [
     "pretrain.epochs=1",
     "sft.epochs=0.5",
     "collect.pairs=30",
+    "collect.judge.shared=1",
     "reward_model.epochs=1",
     "ppo.steps=2",
     "ppo.prompts_per_step=8",
