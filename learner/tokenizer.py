@@ -24,7 +24,8 @@ def train_tokenizer(
 ) -> Any:
     """A fast Hugging Face tokenizer with pad, BOS (prepended) and EOS (never added by itself).
 
-    Digits are tokens of their own, so numbers can be copied digit by digit. Markers of the form
+    A number is cut into groups of up to three digits, so that common ones are a single token,
+    which a small model copies most easily. Markers of the form
     ``<|name|>`` in the chat template become special tokens; ``<|im_end|>``, which ends a turn in
     ChatML, is then the EOS token.
 
@@ -42,7 +43,7 @@ def train_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(r" ?\p{N}{1,3}"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

@@ -287,4 +287,5 @@ def test_uniform_guessing_is_where_it_starts(tmp_path: Path) -> None:
         tiny(optimizer=OptimizerConfig(learning_rate=0.0)), texts(WORDS, " ", 40), tmp_path,
         seed=0, on_step=lambda s, t, m: losses.append(m["loss"]),
     )  # fmt: skip
-    assert losses[0] == pytest.approx(math.log(report.vocabulary), abs=0.1)
+    # Not exactly: the initial attention favours what the context has already said.
+    assert losses[0] == pytest.approx(math.log(report.vocabulary), abs=0.5)
