@@ -84,7 +84,9 @@ class RewardModelConfig(SupervisedConfig):
         0.2, gt=0, lt=1, description="share of the prompts kept to measure the accuracy on"
     )
     choosing_share: float = Field(
-        0.1, ge=0, lt=1,
+        0.1,
+        ge=0,
+        lt=1,
         description="share of the other prompts that chooses the best evaluation; 0 keeps the last",
     )
     strength_margin: float = Field(
