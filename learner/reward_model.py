@@ -180,7 +180,10 @@ def train_reward_model(
 
 
 def normalisation(raw: FloatArray) -> tuple[float, float]:
-    """(gain, bias) with which ``gain * raw + bias`` has mean 0 and standard deviation 1; (1, 0) without samples."""
+    """(gain, bias) with which ``gain * raw + bias`` has mean 0 and standard deviation 1.
+
+    (1, 0) without samples.
+    """
     if len(raw) == 0:
         return 1.0, 0.0
     std = float(raw.std())
