@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from actors.fingerprint import template_fingerprint
 
+from actors.fingerprint import template_fingerprint
 from reward_service.batcher import batches_by_length
 from reward_service.checkpoint import check_files, content_version
 from reward_service.encoding import RewardHead, Truncation, encode
