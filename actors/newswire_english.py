@@ -1,7 +1,9 @@
 """English words and sentences of the newswire.
 
 Few hundred words on purpose: a model of a million parameters learns them in minutes. Within a
-topic the same nouns come back, and every sentence carries one or two facts.
+topic the same nouns come back, and every sentence carries one or two facts. No line begins with a
+fact: tokenizers give a word another token where no space stands before it, and the same fact
+should be the same token everywhere, so that it can be copied.
 """
 
 from __future__ import annotations
@@ -11,38 +13,38 @@ from actors.newswire_lexicon import Lexicon, topic, words
 STORM = topic(
     """\
 Storm floods {number} homes in {place}
-{place} storm leaves {number} homes under water
-{number} homes flooded as storm hits {place}
+Storm in {place} leaves {number} homes under water
+Rain floods {number} homes as storm hits {place}
 
 A storm flooded {number} homes in {place} on {day}, said {first} {person} of {org} Rescue.
 On {day} rain put {number} homes in {place} under water, {first} {person} of {org} Rescue said.
-{org} Rescue and its chief {first} {person} counted {number} flooded homes in {place} on {day}.
+Chief {first} {person} of {org} Rescue counted {number} flooded homes in {place} on {day}.
 
 Water rose through the streets of {place} during the night.
 Strong wind and rain damaged {number} homes near the river.
 The river in {place} broke its banks before dawn.
 
 Boats from {org} Rescue carried families to dry ground.
-{org} Rescue opened a shelter for people from the {number} homes.
+A shelter of {org} Rescue is open to people from the {number} homes.
 Crews of {org} Rescue pumped water out of {number} homes.
 
-{person} said the worst of the storm was over.
+Chief {person} said the worst of the storm was over.
 The rain came faster than expected, {person} said.
-{person} thanked the people who filled sand bags.
+Chief {person} thanked the people who filled sand bags.
 
 Roads in {place} should open again by {day}.
-{org} Rescue will check the river walls on {day}.
+Crews of {org} Rescue will check the river walls on {day}.
 More rain may reach {place} before {day}.
 """
 )
 
 FOOTBALL = topic(
     """\
-{org} United reaches {number} points with win in {place}
+Win in {place} takes {org} United to {number} points
 Late goal in {place} takes {org} United to {number} points
-{org} United wins in {place} and has {number} points
+Fans in {place} see {org} United reach {number} points
 
-{org} United won in {place} on {day} and now has {number} points, coach {first} {person} said.
+With a win in {place} on {day} {org} United has {number} points, coach {first} {person} said.
 A late goal in {place} on {day} took {org} United and coach {first} {person} to {number} points.
 Coach {first} {person} saw {org} United win in {place} on {day} to reach {number} points.
 
@@ -50,25 +52,25 @@ The crowd in {place} saw both goals after the break.
 A header in the last minute decided the match in {place}.
 The win lifts the team to {number} points in the league.
 
-{org} United had more of the ball from the start.
+Players of {org} United had more of the ball from the start.
 The keeper of {org} United saved two shots.
 With {number} points, {org} United is second in the table.
 
-{person} praised the young players after the match.
+Coach {person} praised the young players after the match.
 The team never stopped running, {person} said.
-{person} called it the best match of the season.
+Coach {person} called it the best match of the season.
 
-{org} United plays its next match on {day}.
+The next match of {org} United is on {day}.
 The players return to {place} for the cup on {day}.
-{person} hopes to have the captain back by {day}.
+Coach {person} hopes to have the captain back by {day}.
 """
 )
 
 ELECTION = topic(
     """\
-{org} Party wins {place} by {number} votes
-{number} votes decide {place} election for {org} Party
-{place} elects {org} Party by {number} votes
+The {org} Party wins {place} by {number} votes
+Just {number} votes decide {place} election for {org} Party
+Voters in {place} elect {org} Party by {number} votes
 
 The {org} Party won {place} by {number} votes on {day}, and {first} {person} becomes mayor.
 {first} {person} of the {org} Party became mayor of {place} on {day} by {number} votes.
@@ -82,23 +84,23 @@ The {org} Party promised lower taxes and more parks.
 Members of the {org} Party cheered the gap of {number} votes.
 The {org} Party now holds most seats on the council.
 
-{person} promised to be a mayor for all voters.
+Mayor {person} promised to work for all voters.
 The people asked for change, {person} said.
-{person} thanked the losing side for a fair campaign.
+Mayor {person} thanked the losing side for a fair campaign.
 
 The new council of {place} meets on {day}.
-{person} takes the oath of mayor on {day}.
+Mayor {person} takes the oath on {day}.
 The {org} Party will name its council team on {day}.
 """
 )
 
 FACTORY = topic(
     """\
-{org} Motors to add {number} jobs in {place}
-{place} plant of {org} Motors gets {number} jobs
-{number} new jobs at {org} Motors in {place}
+Carmaker {org} Motors to add {number} jobs in {place}
+Plant of {org} Motors in {place} gets {number} jobs
+Some {number} new jobs at {org} Motors in {place}
 
-{org} Motors will add {number} jobs at its {place} plant, director {first} {person} said on {day}.
+Carmaker {org} Motors will add {number} jobs in {place}, director {first} {person} said on {day}.
 Director {first} {person} of {org} Motors announced {number} jobs for the plant in {place} on {day}.
 The {org} Motors plant in {place} gets {number} jobs, director {first} {person} said on {day}.
 
@@ -106,16 +108,16 @@ The plant in {place} will build electric cars.
 Most of the {number} jobs are for skilled workers.
 A second line of cars will start at the {place} plant.
 
-{org} Motors sold more cars than ever last year.
-{org} Motors will train the {number} workers itself.
+Carmaker {org} Motors sold more cars than ever last year.
+Experts of {org} Motors will train the {number} workers.
 Shares of {org} Motors rose after the news.
 
-{person} said demand for cars was strong.
+Director {person} said demand for cars was strong.
 Good workers are hard to find, {person} said.
-{person} promised fair pay at the plant.
+Director {person} promised fair pay at the plant.
 
 Workers in {place} can apply from {day}.
-{org} Motors will show its new car on {day}.
+Carmaker {org} Motors will show its new car on {day}.
 The union of {place} meets {person} on {day}.
 """
 )
@@ -123,66 +125,66 @@ The union of {place} meets {person} on {day}.
 FIRE = topic(
     """\
 Fire in {place} drives out {number} families
-{number} families flee fire in {place}
-{place} tower fire drives {number} families out
+Some {number} families flee fire in {place}
+Tower fire in {place} drives {number} families out
 
 Fire drove out {number} families in {place} on {day}, chief {first} {person} of {org} Brigade said.
-{org} Brigade under chief {first} {person} saved {number} families from a fire in {place} on {day}.
+Under {first} {person} the {org} Brigade saved {number} families from a fire in {place} on {day}.
 Chief {first} {person} of {org} Brigade said {number} families fled a fire in {place} on {day}.
 
 Smoke could be seen all over {place}.
 The flames started in a kitchen of the {place} tower.
 All {number} families left the tower unhurt.
 
-{org} Brigade needed four hours to stop the flames.
+Crews of {org} Brigade needed four hours to stop the flames.
 Ladders of {org} Brigade reached the top floor.
-{org} Brigade found beds for the {number} families.
+Helpers of {org} Brigade found beds for the {number} families.
 
-{person} said an old heater caused the fire.
+Chief {person} said an old heater caused the fire.
 The smoke alarms saved lives, {person} said.
-{person} asked people to stay away from the tower.
+Chief {person} asked people to stay away from the tower.
 
 Police in {place} will inspect the tower on {day}.
 The {number} families may return home on {day}.
-{org} Brigade will test all alarms by {day}.
+Crews of {org} Brigade will test all alarms by {day}.
 """
 )
 
 SCHOOL = topic(
     """\
-{org} Academy in {place} hires {number} teachers
-{number} teachers join {org} Academy in {place}
-{place} school {org} Academy gets {number} teachers
+The {org} Academy in {place} hires {number} teachers
+Some {number} teachers join {org} Academy in {place}
+School in {place} gets {number} teachers
 
-{org} Academy in {place} hired {number} teachers on {day}, head teacher {first} {person} said.
+The {org} Academy in {place} hired {number} teachers on {day}, head teacher {first} {person} said.
 Head teacher {first} {person} welcomed {number} teachers to {org} Academy in {place} on {day}.
-{number} teachers joined {org} Academy in {place} on {day}, said head teacher {first} {person}.
+On {day} {number} teachers joined {org} Academy in {place}, head teacher {first} {person} said.
 
 Parents in {place} had asked for smaller classes.
 The {number} teachers will teach science and music.
 Classes in {place} had grown too large.
 
-{org} Academy also bought books and computers.
+The {org} Academy also bought books and computers.
 Pupils of {org} Academy painted a sign for the {number} teachers.
-{org} Academy has the best exam results in the region.
+The {org} Academy has the best exam results in the region.
 
-{person} said every pupil would get more help.
+Head teacher {person} said every pupil would get more help.
 Small classes make happy pupils, {person} said.
-{person} showed the teachers the library.
+Head teacher {person} showed the library to all.
 
 Lessons in {place} start again on {day}.
-{org} Academy invites all parents on {day}.
-{person} will present the exam plan on {day}.
+The {org} Academy invites all parents on {day}.
+Head teacher {person} will present the exam plan on {day}.
 """
 )
 
 RAIL = topic(
     """\
-{org} Rail adds {number} trains in {place}
-{place} gets {number} more trains from {org} Rail
-{number} new trains for {place} from {org} Rail
+Operator {org} Rail adds {number} trains in {place}
+Passengers in {place} get {number} trains from {org} Rail
+Some {number} new trains for {place} from {org} Rail
 
-{org} Rail will run {number} more trains through {place} from {day}, manager {first} {person} said.
+Operator {org} Rail adds {number} trains in {place} from {day}, manager {first} {person} said.
 Manager {first} {person} of {org} Rail announced {number} more trains for {place} from {day}.
 From {day} {number} more trains stop in {place}, said manager {first} {person} of {org} Rail.
 
@@ -190,16 +192,16 @@ The station in {place} is full every morning.
 The {number} trains will run early and late.
 A new platform was built at {place} station.
 
-{org} Rail keeps ticket prices as they are.
-{org} Rail paid for the {number} trains with a loan.
+Operator {org} Rail keeps ticket prices as they are.
+A loan to {org} Rail paid for the {number} trains.
 Drivers of {org} Rail trained on the line for weeks.
 
-{person} said delays would be rare.
+Manager {person} said delays would be rare.
 Nobody should have to stand, {person} said.
-{person} rode the first train with passengers.
+Manager {person} rode the first train with passengers.
 
 Tickets for trains from {place} go on sale on {day}.
-{org} Rail will print the timetable by {day}.
+Operator {org} Rail will print the timetable by {day}.
 Track work near {place} ends on {day}.
 """
 )
@@ -207,84 +209,84 @@ Track work near {place} ends on {day}.
 HARVEST = topic(
     """\
 Dry summer hurts {number} farms near {place}
-{number} farms near {place} lose wheat to drought
-{place} drought hits {number} farms
+Wheat dries on {number} farms near {place}
+Drought in {place} hits {number} farms
 
 A drought hit {number} farms near {place}, buyer {first} {person} of {org} Foods said on {day}.
-{number} farms near {place} lost their wheat, {first} {person} of {org} Foods said on {day}.
-{org} Foods will help {number} farms near {place} after a drought, {first} {person} said on {day}.
+Some {number} farms near {place} lost their wheat, {first} {person} of {org} Foods said on {day}.
+Grocer {org} Foods will help {number} farms near {place}, buyer {first} {person} said on {day}.
 
 Fields around {place} turned brown in early summer.
 Wheat on the {number} farms dried before it was ripe.
 Wells near {place} are almost empty.
 
-{org} Foods will pay farmers a higher price.
-{org} Foods sends hay to the {number} farms.
+Grocer {org} Foods will pay farmers a higher price.
+Trucks of {org} Foods bring hay to the {number} farms.
 Mills of {org} Foods now buy wheat from abroad.
 
-{person} said bread would cost more.
+Buyer {person} said bread would cost more.
 Farmers need water now, {person} said.
-{person} walked the fields with the farmers.
+Buyer {person} walked the fields with the farmers.
 
 Farmers in {place} meet the minister on {day}.
-{org} Foods will set its wheat price on {day}.
+Grocer {org} Foods will set its wheat price on {day}.
 Water trucks should reach {place} by {day}.
 """
 )
 
 MUSEUM = topic(
     """\
-{org} Gallery shows {number} lost paintings in {place}
-{number} lost paintings go on show in {place}
-{place} sees {number} lost paintings at {org} Gallery
+The {org} Gallery shows {number} lost paintings in {place}
+Some {number} lost paintings go on show in {place}
+Visitors in {place} see {number} lost paintings
 
-{org} Gallery in {place} showed {number} lost paintings on {day}, curator {first} {person} said.
+The {org} Gallery in {place} showed {number} lost paintings on {day}, curator {first} {person} said.
 Curator {first} {person} of {org} Gallery showed {number} lost paintings in {place} on {day}.
-{number} lost paintings hang at {org} Gallery in {place} since {day}, said curator {first} {person}.
+On {day} {number} lost paintings went to {org} Gallery in {place}, curator {first} {person} said.
 
 Visitors in {place} waited an hour to get in.
 The {number} paintings were found in an attic.
 Art lovers from many countries came to {place}.
 
-{org} Gallery cleaned every frame by hand.
+The {org} Gallery cleaned every frame by hand.
 Guards of {org} Gallery watch the {number} paintings day and night.
-{org} Gallery lets children in for free.
+The {org} Gallery lets children in for free.
 
-{person} called the colours as bright as new.
+Curator {person} called the colours as bright as new.
 Art belongs to everyone, {person} said.
-{person} spent ten years on the search.
+Curator {person} spent ten years on the search.
 
 The show in {place} closes on {day}.
-{org} Gallery will sell prints from {day}.
-{person} gives a talk on the paintings on {day}.
+The {org} Gallery will sell prints from {day}.
+Curator {person} gives a talk on the paintings on {day}.
 """
 )
 
 HOSPITAL = topic(
     """\
-{org} Clinic opens {number} beds in {place}
-{place} gets {number} hospital beds at {org} Clinic
-{number} new beds for patients in {place}
+The {org} Clinic opens {number} beds in {place}
+Patients in {place} get {number} beds at {org} Clinic
+Some {number} new beds for patients in {place}
 
-{org} Clinic opened {number} beds in {place} on {day}, doctor {first} {person} said.
+The {org} Clinic opened {number} beds in {place} on {day}, doctor {first} {person} said.
 Doctor {first} {person} opened {number} new beds at {org} Clinic in {place} on {day}.
-{place} has {number} more hospital beds since {day}, doctor {first} {person} of {org} Clinic said.
+From {day} {place} has {number} more beds, doctor {first} {person} of {org} Clinic said.
 
 Patients in {place} used to wait for months.
 The {number} beds are for heart and lung patients.
 The old ward in {place} had become too small.
 
-{org} Clinic also hired nurses for the ward.
+The {org} Clinic also hired nurses for the ward.
 Gifts to {org} Clinic paid for the {number} beds.
-{org} Clinic runs its ward on solar power.
+The {org} Clinic runs its ward on solar power.
 
-{person} said nurses would have more time.
+Doctor {person} said nurses would have more time.
 Every patient gets a window, {person} said.
-{person} thanked the nurses for their patience.
+Doctor {person} thanked the nurses for their patience.
 
 The first patients from {place} arrive on {day}.
-{org} Clinic opens its doors to visitors on {day}.
-{person} will operate in the ward from {day}.
+The {org} Clinic opens its doors to visitors on {day}.
+Doctor {person} will operate in the ward from {day}.
 """
 )
 

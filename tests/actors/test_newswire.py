@@ -74,6 +74,14 @@ def test_a_filled_template_matches_itself_alone(language: str) -> None:
             assert split_sentences(language, sentence) == [sentence]
 
 
+def test_no_english_line_begins_with_a_fact() -> None:
+    """At the start of a line a word is another token: the fact could not be copied as it is."""
+    for topic in lexicon("en").topics.values():
+        for group in (topic.headlines, topic.leads, *(topic.sentences(role) for role in ROLES)):
+            for template in group:
+                assert not template.startswith(tuple(f"{{{name}}}" for name in FACTS)), template
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_fillers_are_marked_and_nothing_else_is(language: str) -> None:
     lex = lexicon(language)
@@ -99,7 +107,7 @@ def test_the_same_seed_gives_the_same_articles_on_every_machine() -> None:
 
     assert digest("en", 0) == digest("en", 0)
     assert digest("en", 0) != digest("en", 1)
-    assert (digest("en", 0), digest("zh", 0)) == ("72e31f4c2167e093", "2c05f0f4103792c3")
+    assert (digest("en", 0), digest("zh", 0)) == ("216061008d937201", "2c05f0f4103792c3")
 
 
 def test_a_larger_newswire_begins_with_the_smaller_one() -> None:
@@ -208,8 +216,8 @@ ZH["person"] = "王海"
 
 RIVER = "The river in Dover broke its banks before dawn."
 BOATS = "Boats from Atlas Rescue carried families to dry ground."
-SHELTER = "Atlas Rescue opened a shelter for people from the 36 homes."
-OVER = "Chen said the worst of the storm was over."
+SHELTER = "A shelter of Atlas Rescue is open to people from the 36 homes."
+OVER = "Chief Chen said the worst of the storm was over."
 ROADS = "Roads in Dover should open again by Friday."
 FILLER = "It is what it is, observers noted."
 
@@ -249,8 +257,8 @@ LABELLED = [
     (EN, f"{RIVER} {BOATS} Every patient gets a window, Chen said.", {"on_topic": 2 / 3}),
     (
         EN,
-        "The old ward in Dover had become too small. Atlas Clinic also hired nurses for the ward."
-        " Every patient gets a window, Chen said.",
+        "The old ward in Dover had become too small. "
+        "The Atlas Clinic also hired nurses for the ward. Every patient gets a window, Chen said.",
         {"on_topic": 0.0},
     ),
     # the lead again: consistent, on topic, and nothing new
@@ -262,7 +270,7 @@ LABELLED = [
     ),
     # cut off in the middle of a sentence, or of a word
     (EN, f"{RIVER} {BOATS} {OVER} Roads in Do", {"fluent": 3 / 4}),
-    (EN, f"{RIVER} {BOATS} Chen said the worst of", {"fluent": 2 / 3, "length": 2 / 3}),
+    (EN, f"{RIVER} {BOATS} Chief Chen said the worst of", {"fluent": 2 / 3, "length": 2 / 3}),
     # a place that does not exist, a sentence glued to the next
     (EN, f"{RIVER.replace('Dover', 'Doverton')} {BOATS} {OVER} {ROADS}", {"fluent": 3 / 4}),
     (EN, f"{RIVER}{BOATS} {OVER} {SHELTER}", {"fluent": 2 / 3, "length": 2 / 3}),
