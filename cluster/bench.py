@@ -231,7 +231,7 @@ def _bench_config(
         sampling=SamplingConfig(max_new_tokens=NEW_TOKENS),
         rollout=RolloutConfig(engine=EngineConfig(max_num_seqs=PROMPTS, threads=cores)),
         reward=RewardConfig(
-            terms=terms or (RewardTerm(name="none", function="math:prod"),),
+            terms=terms or (RewardTerm(name="none", function="reward_service.examples:new_words"),),
             service=RewardServiceConfig(port=0, threads=cores),
         ),
         learners=LearnersConfig(num_learners=1, threads=cores),
