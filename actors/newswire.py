@@ -46,7 +46,10 @@ model sees them first; wrong facts weigh little because every one of them is a l
 """
 
 FULL_LENGTH_SHARE = 0.25
-"""Share of paragraphs with all four roles; the others leave one out."""
+"""Share of paragraphs with all four roles; the others leave one out, but never the outlook.
+
+So a paragraph that is not thin ends with an outlook, and a model need not count to know when.
+"""
 
 MIN_SENTENCES, MAX_SENTENCES = 3, 4
 """Sentences of a paragraph that is neither thin nor rambling."""
@@ -253,7 +256,7 @@ def _write_paragraph(
     faults = tuple(f for f, w in FAULT_WEIGHTS.items() if rng.random() < 1 - good_share**w)
     roles = list(ROLES)
     if rng.random() >= FULL_LENGTH_SHARE:
-        roles.remove(rng.choice(roles))
+        roles.remove(rng.choice(ROLES[:-1]))
     if "thin" in faults:
         roles = roles[: rng.randint(1, MIN_SENTENCES - 1)]
     topics = [meta["topic"]] * len(roles)
