@@ -22,9 +22,10 @@ $(VENV)/.runtime: requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is not installed: install Python 3.11, or run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV) (about 4 GB, once)"
-	@# Apart, so that only torch is looked up on PyTorch's own index.
-	$(BIN)/pip install --quiet --no-deps --retries 1 -r requirements/torch-cpu.txt
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.txt
+	@# Without bytecode, which takes pip longer than all the rest: the first start compiles the
+	@# part that is used. torch apart, so that only it is looked up on PyTorch's own index.
+	$(BIN)/pip install --quiet --no-compile --no-deps --retries 1 -r requirements/torch-cpu.txt
+	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements/cpu.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -30,11 +30,11 @@ from actors.trajectory import Demonstration
 Language = Literal["en", "zh"]
 
 FAULT_WEIGHTS = {
-    "wrong_fact": 0.16,
-    "off_topic": 0.12,
-    "repetition": 0.16,
-    "thin": 0.28,
-    "padded": 0.28,
+    "wrong_fact": 0.12,
+    "off_topic": 0.1,
+    "repetition": 0.1,
+    "thin": 0.34,
+    "padded": 0.34,
 }
 """How the faults share the blame; they sum to 1.
 

@@ -29,7 +29,8 @@ def quickstart_config(*, run_dir: Path, language: str = "en", seed: int = 0) -> 
         run_dir=run_dir,
         seed=seed,
         data=DataConfig(
-            newswire=NewswireConfig.model_validate({"language": language}), max_prompt_tokens=96
+            newswire=NewswireConfig.model_validate({"language": language, "good_share": 0.2}),
+            max_prompt_tokens=96,
         ),
         pretrain=PretrainConfig(
             vocab_size=2048,
@@ -51,7 +52,7 @@ def quickstart_config(*, run_dir: Path, language: str = "en", seed: int = 0) -> 
         ),
         collect=CollectConfig(pairs=2500, judge=JudgeConfig(noise=0.15, shared=0.1)),
         reward_model=RewardModelConfig(
-            epochs=2,
+            epochs=1,
             tokens_per_step=2048,
             tokens_per_micro_batch=2048,
             held_out_share=0.1,
@@ -62,7 +63,7 @@ def quickstart_config(*, run_dir: Path, language: str = "en", seed: int = 0) -> 
         reward=RewardConfig(service=RewardServiceConfig(port=0, threads=2)),
         learners=LearnersConfig(num_learners=1, threads=2),
         ppo=PPOConfig(
-            steps=40,
+            steps=24,
             prompts_per_step=64,
             epochs=2,
             minibatches=4,
