@@ -93,6 +93,17 @@ class RolloutPool:
         """Tokens that prompt and response may have together."""
         return self._info().context_length
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts that no engine can continue; ``generate`` does so by itself, but a run
+        wants to know before its first step, not when their turn comes.
+
+        Raises:
+            ValueError: a prompt fills the context or holds an id outside the vocabulary.
+        """
+        info = self._info()
+        for prompt in prompts:
+            check_prompt(prompt.token_ids, info.context_length, info.vocab_size, prompt.prompt_id)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -121,9 +132,7 @@ class RolloutPool:
         """
         self._require_idle("generate")
         self._fleet.bring_up()
-        info = self._info()
-        for prompt in prompts:
-            check_prompt(prompt.token_ids, info.context_length, info.vocab_size, prompt.prompt_id)
+        self.check_prompts(prompts)
         generation = Generation(
             prompts,
             sampling,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from actors.prompts import PromptStream, tokenize_prompts
 from cluster.checkpoint import CheckpointStore
+from cluster.health import Watch, is_coarse
 from cluster.metrics import MetricsWriter
 from cluster.stages import Workplace
 from cluster.stop import Stopped
@@ -34,8 +35,12 @@ class PPOLog:
         writer: MetricsWriter,
         store: CheckpointStore,
         next_step: int,
+        watch: Watch,
+        warn: Callable[[str], None],
     ) -> None:
         self.next_step = next_step
+        self._watch = watch
+        self._warn = warn
         self._directory = directory
         self._config = config
         self._learners = learners
@@ -47,6 +52,8 @@ class PPOLog:
     ) -> None:
         done = step + 1
         self._writer.write(done, metrics, total=self._config.steps)
+        for sentence in self._watch.step(done, metrics):
+            self._warn(sentence)
         if step % SAMPLES_EVERY == 0 or done == self._config.steps:
             self._write_samples(done, samples)
         self.next_step = done
@@ -82,6 +89,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
     work.reporter.say("starting vLLM, the reward service and the learners")
     parts = work.session.parts(policy, config.reward_terms, lambda: make_learners(work))
     rollouts, learners = parts.rollouts, parts.learners
+    rollouts.check_prompts(prompts)
     start = 0
     if checkpoint is not None:
         learners.restore(checkpoint.path)
@@ -94,7 +102,9 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
         tensorboard=work.run_dir / "tensorboard",
         resume_step=start if work.resume else None,
     )
-    log = PPOLog(directory, config.ppo, learners, writer, store, start)
+    watch = Watch(coarse=is_coarse(config.rollout.engine.dtype, config.ppo.bf16))
+    watch.catch_up(directory, start)  # what was said before the run was interrupted
+    log = PPOLog(directory, config.ppo, learners, writer, store, start, watch, work.reporter.warn)
     work.session.forget_weights()
     with writer, work.reporter.bar("PPO") as bar:
         bar.update(start, config.ppo.steps, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from cluster.charts import Chart, draw_panels, draw_phases, draw_unknown, reward
 from cluster.intervals import Estimate
 from cluster.panels import HEALTH, LEARNED, SUPERVISED
 from cluster.plots import Band, Line, compact, line_chart
+from cluster.report_health import Health, ppo_health
 from cluster.report_outcome import Interval, interval_row, span
 from cluster.run_files import RunFiles, SampleFile, finite
 
@@ -50,6 +51,7 @@ class Curves:
     unfinished: bool = False
     charts: tuple[Chart, ...] = ()
     health: tuple[Chart, ...] = ()
+    alarms: Health = field(default_factory=Health)
     unknown: tuple[Chart, ...] = ()
     others: tuple[tuple[str, str, str], ...] = ()
 
@@ -111,6 +113,7 @@ def ppo_section(run: RunFiles) -> Curves:
         unfinished=_steps(frame)[0] < _steps(frame)[1],
         charts=tuple(learned),
         health=tuple(health),
+        alarms=ppo_health(run, frame),
         unknown=tuple(unknown),
         others=tuple(others),
     )

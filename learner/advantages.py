@@ -74,14 +74,24 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
     The variance is biased and eps is 1e-8, as in the N implementation details of RLHF with PPO.
     """
-    mean = masked_mean(values, mask)
-    scaled = (values - mean) * torch.rsqrt(masked_var(values, mask) + WHITEN_EPS)
-    return masked(scaled if shift_mean else scaled + mean, mask)
+    # In float32 the mean of equal values is off by its rounding, which the division by
+    # sqrt(eps) makes 1e4 times larger and Adam a full step. In float64 their sum is exact, so
+    # equal values become exact zeros.
+    wide = values.double()
+    mean = masked_mean(wide, mask)
+    scaled = (wide - mean) * torch.rsqrt(masked_var(wide, mask) + WHITEN_EPS)
+    return masked((scaled if shift_mean else scaled + mean).to(values.dtype), mask)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """``1 - Var(returns - values) / Var(returns)``: 1 is a perfect critic, 0 a constant one."""
-    variance = masked_var(returns, mask)
-    if not variance > 0:
-        return torch.zeros_like(variance)
-    return 1 - masked_var(returns - values, mask) / variance
+    """``1 - Var(returns - values) / Var(returns)``: 1 is a perfect critic, 0 a constant one.
+
+    0 when the returns do not vary by more than their rounding: there is nothing to explain.
+    """
+    largest = torch.maximum(masked(returns, mask).abs().max(), masked(values, mask).abs().max())
+    rounding = 8 * torch.finfo(returns.dtype).eps * largest.double()
+    variance = masked_var(returns.double(), mask)
+    if not variance > rounding**2:
+        return torch.zeros_like(largest)
+    explained = 1 - masked_var((returns - values).double(), mask) / variance
+    return explained.to(returns.dtype)

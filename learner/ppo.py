@@ -184,11 +184,12 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
 
     def _check_vocabulary(self) -> None:
         known = int(self.module[POLICY].unwrapped().model.config.vocab_size)
-        largest = int(self.batch.input_ids.max())
-        if largest >= known:
+        smallest, largest = int(self.batch.input_ids.min()), int(self.batch.input_ids.max())
+        if smallest < 0 or largest >= known:
             raise ValueError(
-                f"PPO step {self.updates}: a sample holds token id {largest}, the policy's "
-                f"vocabulary ends at {known - 1}: prompts and policy have different tokenizers"
+                f"PPO step {self.updates}: a sample holds token id "
+                f"{smallest if smallest < 0 else largest}, the policy's vocabulary ends at "
+                f"{known - 1}: prompts and policy have different tokenizers"
             )
 
     def _train(self, targets: Targets) -> dict[str, TokenSums]:

@@ -143,6 +143,22 @@ def test_a_sample_does_not_depend_on_actor_or_batch(pool: RolloutPool) -> None:
             )
 
 
+def test_a_sample_does_not_depend_on_the_number_of_actors(
+    pool: RolloutPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_two = generate(pool)
+    first = pool._fleet.workers[0]
+    monkeypatch.setattr(
+        pool._fleet, "of_state", lambda *states: [first] if first.state in states else []
+    )
+    by_one = generate(pool)
+    assert tokens(by_one) == tokens(by_two)
+    for name, sample in by_one.items():
+        np.testing.assert_allclose(
+            sample.response_logprobs, by_two[name].response_logprobs, atol=1e-5
+        )
+
+
 def test_completions_come_in_the_order_in_which_they_finish(pool: RolloutPool) -> None:
     """A response that fills the rest of the context arrives after many short ones."""
     long = Prompt(prompt_id="long", token_ids=PROMPTS[0].token_ids, text="")

@@ -64,18 +64,39 @@ def alone(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return weights(learners, tmp_path_factory.mktemp("alone"))
 
 
+@pytest.fixture(scope="module")
+def alone_alike(
+    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """The same in the micro-batches that a remote learner makes."""
+    learners = in_process(PPO, tiny_llama, temperature=0.8)
+    for update in range(2):
+        learners.update(random_batch(7, seed=update))
+    return weights(learners, tmp_path_factory.mktemp("alone_alike"))
+
+
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize(("count", "threads"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("count", "threads"), [(1, 1), (2, 2), (3, 1)])
 def test_remote_learners_give_the_same_as_one_in_this_process(
-    count: int, threads: int, tiny_llama: Path, alone: dict[str, torch.Tensor], tmp_path: Path
+    count: int,
+    threads: int,
+    tiny_llama: Path,
+    alone: dict[str, torch.Tensor],
+    alone_alike: dict[str, torch.Tensor],
+    tmp_path: Path,
 ) -> None:
-    """And their state, exported weights and saved policy are what they trained."""
+    """And their state, exported weights and saved policy are what they trained.
+
+    Three learners share steps of 3, 2 and 2 samples: in two of them one learner has nothing.
+    """
     with start(count, tiny_llama, threads=threads) as learners:
         for update in range(2):
             metrics = learners.update(random_batch(7, seed=update))
         got = weights(learners, tmp_path / "state")
         for name, expected in alone.items():
             torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-5)
+            if count == 1:  # the same operations in the same order
+                assert torch.equal(got[name], alone_alike[name]), name
         assert metrics["ppo/kl_coef"] == pytest.approx(0.15 * (1 - 0.2 * 7 / 10_000))
 
         sequences = [[1, 5, 9, 30], [4, 4], [7, 100, 2]]
