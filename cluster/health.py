@@ -85,12 +85,13 @@ class Excursion:
 
     @property
     def when(self) -> str:
-        """``since step 5, in 12 of 40 steps``."""
+        """``since step 5, in 12 of 40 steps``, to go behind the word "outside"."""
         count = f"in {self.steps_outside} of {self.steps} steps"
         if self.ongoing:
             return f"since step {self.since}, {count}"
-        to = f" to {self.last_outside}" if self.last_outside != self.since else ""
-        return f"step {self.since}{to}, {count}; in range again"
+        if self.last_outside == self.since:
+            return f"in step {self.since} only"
+        return f"from step {self.since} to {self.last_outside}, {count}; in range again"
 
 
 class Watch:

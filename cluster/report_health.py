@@ -43,7 +43,8 @@ class Health:
         if not self.alerts:
             return f"All {self.watched} metrics that have a healthy range stayed in it."
         ongoing = sum(alert.ongoing for alert in self.alerts)
-        tail = f"; {ongoing} still {'is' if ongoing == 1 else 'are'}" if ongoing else ""
+        verb = "is" if ongoing == 1 else "are"
+        tail = f"; {ongoing} {verb} still outside" if ongoing else "; all are in it again"
         return f"{len(self.alerts)} of {self.watched} metrics left their healthy range{tail}."
 
 

@@ -39,7 +39,7 @@ def batch_metrics(
     delta = masked(notes.old_logprobs - engine, mask)
     log_weights = delta[mask] - delta[mask].max()
     weights = torch.exp(log_weights)
-    scores = torch.tensor(batch.scores)
+    scores = torch.tensor(batch.scores, dtype=torch.float64)  # equal scores have deviation 0
     figures = {
         "score": scores.mean(),
         "score_std": scores.std(correction=0),

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 from cluster.cli import main
 from cluster.config import override_config
+from cluster.health import find
+from cluster.metrics import RESERVED
 from cluster.pipeline import Pipeline
 from cluster.presets import quickstart_config
 
@@ -67,6 +69,9 @@ def test_every_stage_leaves_what_the_next_needs(run_dir: Path) -> None:
         assert row["samples/submitted"] == row["samples/trained"] + row["samples/failed"] == 8
         assert row["ppo/engine_delta_mean"] < 1e-4
         assert "measured/true_quality" in row
+        assert [n for n in row if n not in RESERVED and find(n) is None] == [], (
+            "see docs/metrics.md"
+        )
     samples = [json.loads(x) for x in (run_dir / "ppo" / "samples" / "step_000002.jsonl").open()]
     assert len(samples) == 8
     assert {"prompt", "response", "score", "true_quality"} <= set(samples[0])

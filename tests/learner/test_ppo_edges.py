@@ -17,11 +17,14 @@ from tests.learner.test_ppo import ppo
 
 
 def with_lengths(batch: PPOBatch, responses: list[int], rewards: list[float]) -> PPOBatch:
-    """The batch with responses cut to lengths, and a reward on the last token of each."""
+    """The batch with responses of other lengths, and a reward on the last token of each."""
     lengths = np.array(responses, np.int32)
+    needed = int((batch.prompt_lengths + lengths).max())
+    room = max(0, needed - batch.input_ids.shape[1])
     placed = np.zeros((len(batch), max(responses)), np.float32)
     placed[np.arange(len(batch)), lengths - 1] = rewards
     changes = {
+        "input_ids": np.pad(batch.input_ids, ((0, 0), (0, room)), constant_values=77),
         "response_lengths": lengths,
         "rewards": placed,
         "scores": np.array(rewards, np.float32),
