@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from actors.trajectory import Prompt, Trajectory
+from cluster.checkpoint import CheckpointStore
 from cluster.health import TABLES, Watch, find, is_coarse, markdown_tables
 from cluster.known_metrics import GROUPS, Metric
 from cluster.metrics import MetricsWriter
+from cluster.ppo_stage import PPOLog
 from cluster.report import write_report
 from cluster.train import Sample, Step, describe
+from learner.config import PPOConfig
 from reward_service.score import Score
 from tests.cluster.synthetic_run import write_synthetic_run
 from tests.learner.ppo_samples import in_process, random_batch
@@ -150,6 +153,19 @@ def test_a_resumed_run_does_not_repeat_itself(tmp_path: Path) -> None:
     fresh.catch_up(tmp_path / "nowhere", 4)
     fresh.catch_up(tmp_path, 0)
     assert fresh.excursions() == []
+
+
+def test_a_run_says_once_what_left_its_range(tmp_path: Path) -> None:
+    said: list[str] = []
+    store = CheckpointStore(tmp_path / "checkpoints", 1, warn=said.append)
+    config = PPOConfig(steps=50, checkpoint_every=50)
+    with MetricsWriter(tmp_path, stage="ppo") as out:
+        nobody: Any = None  # no learners: no step here is checkpointed
+        log = PPOLog(tmp_path, config, nobody, out, store, 0, Watch(), said.append)
+        for step in range(6):
+            log.finish_step(step, {"ppo/ratio_mean": 1.0 + 0.1 * step, "reward/mean": 0.0}, [])
+    assert len(said) == 1
+    assert said[0].startswith("ppo/ratio_mean is 1.2 at step 3, healthy is 0.9 to 1.1. Lower")
 
 
 @pytest.fixture(scope="module")
