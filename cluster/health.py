@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.known_metrics import GROUPS, Metric
+from cluster.known_metrics import GROUPS
+from cluster.metric import Metric
 from cluster.metrics import FILE_NAME, RESERVED, read_metrics
 
 TABLES = re.compile(r"(?<=<!-- tables: begin -->\n).*(?=<!-- tables: end -->)", re.DOTALL)

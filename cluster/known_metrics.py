@@ -9,82 +9,7 @@ Ranges are of runs that learned (the quickstart and the published settings of ar
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Metric:
-    """One metric, or all that a pattern such as ``reward/<term>`` names.
-
-    Example:
-        >>> Metric(name="ppo/clip_fraction", meaning="Share of tokens whose update was clipped.",
-        ...        high=0.25, patience=3, remedy="Lower the learning rate.")
-
-    Attributes:
-        meaning: One or two sentences.
-        unit: Of the values; empty for counts, shares and ratios.
-        low, high: Ends of the healthy range, both inside it; ``None`` where it is open.
-        coarse_low, coarse_high: The ends when engine or learner compute in 16 bits; ``None`` where
-            precision makes no difference.
-        patience: Steps in a row outside the range before it counts: 1 for what must never be.
-        trend: What a healthy curve looks like, for a metric without a range.
-        remedy: What to do outside the range, or when the trend is another.
-    """
-
-    name: str
-    meaning: str
-    unit: str = ""
-    low: float | None = None
-    high: float | None = None
-    coarse_low: float | None = None
-    coarse_high: float | None = None
-    patience: int = 1
-    trend: str = ""
-    remedy: str = ""
-
-    def __post_init__(self) -> None:
-        if self.has_range == bool(self.trend):
-            raise ValueError(f"metric {self.name!r} needs either a range or a trend")
-        if self.has_range and not self.remedy:
-            raise ValueError(f"metric {self.name!r} has a range but no remedy")
-        for coarse in (False, True):
-            low, high = self.limits(coarse)
-            if not low < high and self.has_range and not low == high:
-                raise ValueError(f"metric {self.name!r} has an empty range, {low} to {high}")
-        if self.patience < 1:
-            raise ValueError(f"metric {self.name!r} has a patience of {self.patience}, at least 1")
-
-    @property
-    def has_range(self) -> bool:
-        return self.low is not None or self.high is not None
-
-    def limits(self, coarse: bool) -> tuple[float, float]:
-        """Ends of the healthy range; infinite where it is open."""
-        low = self.coarse_low if coarse and self.coarse_low is not None else self.low
-        high = self.coarse_high if coarse and self.coarse_high is not None else self.high
-        return -math.inf if low is None else low, math.inf if high is None else high
-
-    def healthy(self, coarse: bool = False) -> str:
-        """``at most 0.25``, ``0.9 to 1.1``, or the trend."""
-        if not self.has_range:
-            return self.trend
-        low, high = self.limits(coarse)
-        unit = f" {self.unit}" if self.unit else ""
-        if low == high:
-            return f"{low:g}{unit}"
-        if math.isinf(low):
-            return f"at most {high:g}{unit}"
-        if math.isinf(high):
-            return f"at least {low:g}{unit}"
-        return f"{low:g} to {high:g}{unit}"
-
-    def names(self, name: str) -> bool:
-        """Whether this record describes the metric called ``name``."""
-        pattern = re.sub(r"<[^>]+>", "[^/]+", self.name)
-        return re.fullmatch(pattern, name) is not None
-
+from cluster.metric import Metric
 
 SLOWER = (
     "Lower `ppo.policy.learning_rate`, or take fewer `ppo.epochs`; raise `ppo.kl.coef` when the"
@@ -237,6 +162,13 @@ POLICY_CHANGE = (
         remedy=f"{SLOWER} When it happens at tokens of negative advantage, set `ppo.dual_clip`.",
     ),
     Metric(
+        name="ppo/log_ratio_max",
+        meaning="Largest |log ratio| of new to old policy at any token: 0 at learning rate 0.",
+        unit="nats",
+        trend="follows `ppo/ratio_max`",
+        remedy=SLOWER,
+    ),
+    Metric(
         name="ppo/first_log_ratio_max",
         meaning="Largest |log ratio| in the first minibatch, where old and new policy are the same:"
         " 0 but for rounding.",
@@ -342,7 +274,7 @@ AGREEMENT = (
         " rounding only, when their weights are the same.",
         unit="nats",
         high=1e-4,
-        coarse_high=0.03,
+        coarse_high=0.05,
         remedy=PRECISION_REMEDY,
     ),
     Metric(
@@ -350,7 +282,7 @@ AGREEMENT = (
         meaning="Largest |Δ log p| between engine and learner at any token.",
         unit="nats",
         high=1e-2,
-        coarse_high=2.0,
+        coarse_high=1.0,
         remedy=PRECISION_REMEDY,
     ),
     Metric(
@@ -358,9 +290,53 @@ AGREEMENT = (
         meaning="Share of the tokens that counts when they are weighted by learner over engine"
         " probability: 1 when the two agree.",
         low=0.99,
-        coarse_low=0.9,
+        coarse_low=0.95,
         high=1.001,
         remedy=PRECISION_REMEDY,
+    ),
+    Metric(
+        name="ppo/engine_correlation",
+        meaning="Pearson correlation of the engine's and the learner's log-probabilities.",
+        low=0.999,
+        coarse_low=0.98,
+        high=1.001,
+        remedy=PRECISION_REMEDY,
+    ),
+    Metric(
+        name="weights/probe_error_max",
+        meaning="Largest |Δ log p| on the probe after the step's weights were loaded, of all"
+        " engines.",
+        unit="nats",
+        high=1e-3,
+        coarse_high=0.1,
+        remedy="An engine does not compute with the learner's weights; beyond"
+        " `rollout.probe_tolerance` it refuses to generate.",
+    ),
+    Metric(
+        name="weights/reloads",
+        meaning="Engines that refused the step's weights once and took them the second time.",
+        high=0.0,
+        remedy="Tensors were damaged on the way: look at the machine's memory and network. A second"
+        " refusal stops the run.",
+    ),
+    Metric(
+        name="weights/verify_share",
+        meaning="Checksums and probe, as a share of the step's time: an upper bound.",
+        high=0.05,
+        patience=5,
+        remedy="Steps are very short; nothing is wrong. More prompts per step make it smaller.",
+    ),
+    Metric(
+        name="weights/seconds_<part>",
+        meaning="Computing checksums, computing the probe, and loading, of the slowest engine.",
+        unit="s",
+        trend="steady",
+    ),
+    Metric(
+        name="weights/megabytes",
+        meaning="Size of a weight update.",
+        unit="MB",
+        trend="constant",
     ),
 )
 
@@ -428,6 +404,32 @@ ACCOUNTING = (
         high=0.0,
         remedy="The reason stands with each of them; commonest are a reward that raises or returns"
         " NaN, and an engine that died.",
+    ),
+    Metric(
+        name="samples/filtered_<reason>",
+        meaning="Filtered samples by reason: cut off, or of a group whose rewards are all alike.",
+        trend="falls, or steady",
+        remedy="See `samples/filtered`.",
+    ),
+    Metric(
+        name="samples/failed_<stage>",
+        meaning="Failed samples by stage: generation or scoring.",
+        trend="0",
+        remedy="See `samples/failed`.",
+    ),
+    Metric(
+        name="samples/extra_rounds",
+        meaning="Further rounds of generation in place of groups without spread.",
+        trend="few",
+        remedy="Always at its limit: prompts are too easy or too hard for this policy.",
+    ),
+    Metric(
+        name="ppo/groups_without_spread",
+        meaning="Share of the trained prompts whose responses all got the same reward; a group"
+        " estimator learns nothing from them.",
+        high=0.9,
+        patience=3,
+        remedy="Take prompts of other difficulty, more samples per prompt, or dynamic sampling.",
     ),
     Metric(
         name="ppo/samples",

@@ -13,7 +13,8 @@ import pytest
 from actors.trajectory import Prompt, Trajectory
 from cluster.checkpoint import CheckpointStore
 from cluster.health import TABLES, Watch, find, is_coarse, markdown_tables
-from cluster.known_metrics import GROUPS, Metric
+from cluster.known_metrics import GROUPS
+from cluster.metric import Metric
 from cluster.metrics import MetricsWriter
 from cluster.ppo_stage import PPOLog
 from cluster.report import write_report
@@ -24,6 +25,20 @@ from tests.cluster.synthetic_run import write_synthetic_run
 from tests.learner.ppo_samples import in_process, random_batch
 from tests.learner.test_ppo import ppo
 
+NOT_IN_EVERY_STEP = {
+    "ppo/groups_without_spread",
+    "samples/extra_rounds",
+    "samples/filtered_<reason>",
+    "samples/failed_<stage>",
+    "ppo/engine_correlation",
+    "ppo/log_ratio_max",
+    "weights/megabytes",
+    "weights/probe_error_max",
+    "weights/reloads",
+    "weights/seconds_<part>",
+    "weights/verify_share",
+}
+"""Of groups of responses, of filters and failures, and of the engines, which this step has not."""
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
 
@@ -70,7 +85,7 @@ def test_every_metric_of_a_step_is_described(changes: dict[str, Any], tiny_llama
     seen = {found.name for name in metrics if (found := find(name))}
     recorded = {metric.name for _, metrics in GROUPS for metric in metrics}
     if not changes:  # and no record describes what no step writes
-        assert seen == recorded
+        assert recorded - seen <= NOT_IN_EVERY_STEP
 
 
 def test_exact_names_come_before_patterns() -> None:

@@ -108,15 +108,15 @@ def test_a_sample_that_fills_the_context_is_trained_to_its_last_position(
 ) -> None:
     """255 tokens of prompt and one of response, and the other way round, in a context of 256."""
     rng = np.random.default_rng(0)
-    batch = PPOBatch(
-        input_ids=rng.integers(0, 512, (2, 256)).astype(np.int32),
-        prompt_lengths=np.array([255, 1], np.int32),
-        response_lengths=np.array([1, 255], np.int32),
-        engine_logprobs=np.full((2, 255), -6.0, np.float32),
-        rewards=np.pad([[1.0], [0.0]], ((0, 0), (0, 254))).astype(np.float32),
-        scores=np.array([1.0, 0.0], np.float32),
-        stopped=np.array([True, False]),
-    )
+    full = {
+        "input_ids": rng.integers(0, 512, (2, 256)).astype(np.int32),
+        "prompt_lengths": np.array([255, 1], np.int32),
+        "response_lengths": np.array([1, 255], np.int32),
+        "engine_logprobs": np.full((2, 255), -6.0, np.float32),
+        "rewards": np.pad([[1.0], [0.0]], ((0, 0), (0, 254))).astype(np.float32),
+        "scores": np.array([1.0, 0.0], np.float32),
+    }
+    batch = PPOBatch(**(dict(random_batch(2, seed=0).columns) | full))
     plain = PlainModels(tiny_llama, tiny_llama_untied, shared_trunk=False)
     config = ppo(minibatches=1, epochs=1)
     want = plain_iteration(plain, batch, config, temperature=1.0, seed=0)
