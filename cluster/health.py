@@ -134,7 +134,7 @@ class Watch:
             return
         for row in read_metrics(directory).to_dict("records"):
             if row["step"] <= step:
-                self.step(row["step"], {k: row[k] for k in row if k not in RESERVED})
+                self.step(row["step"], {str(k): row[k] for k in row if k not in RESERVED})
 
     def excursions(self) -> list[Excursion]:
         """Those that lasted, the ones that still last first, else in the order of the records."""
