@@ -325,10 +325,21 @@ class _Loop:
             "best": self.best,
         }
         partial = self.state_path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with partial.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # torch's archive turns a full disk into the latter
+            partial.unlink(missing_ok=True)
+            raise OSError(
+                getattr(error, "errno", None),
+                f"could not write the training state to {self.state_path} ({error}): free disk "
+                "space and run again with --resume; the state saved before is untouched",
+            ) from error
         partial.replace(self.state_path)
 
     def restore(self) -> None:

@@ -47,6 +47,9 @@ class Log:
         self.steps: list[Mapping[str, float]] = []
         self.versions: list[set[int]] = []
 
+    def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None:
+        assert not failures
+
     def finish_step(
         self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]
     ) -> None:
@@ -124,7 +127,10 @@ def test_a_step_with_too_few_good_samples_stops_the_run() -> None:
         SampleFailure(prompt=prompt, sample_index=i, stage="scoring", reason="NaN")
         for i in range(3)
     ]
+    ids = ["p#0", "p#1", "p#2"]
     with pytest.raises(RuntimeError, match=r"3 of 3 samples.*scoring: NaN"):
-        Step(submitted=3, failures=failures).check_accounts(0.5)
-    with pytest.raises(AssertionError):
-        Step(submitted=4, failures=failures).check_accounts(0.5)
+        Step(submitted=ids, failures=failures).check_accounts(0.5)
+    with pytest.raises(RuntimeError, match=r"do not balance: 4 samples .*unknown: p#3"):
+        Step(submitted=[*ids, "p#3"], failures=failures).check_accounts(0.5)
+    with pytest.raises(RuntimeError, match=r"do not balance.*unknown: p#2"):
+        Step(submitted=ids, failures=[*failures, failures[2]]).check_accounts(0.5)

@@ -10,6 +10,7 @@ import torch
 from learner.batch import PPOBatch
 from learner.config import LearnersConfig, PPOConfig
 from learner.group import PPOLearners
+from learner.learner_state import read_state
 
 VOCABULARY = 512
 
@@ -62,9 +63,5 @@ def in_process(
 def weights(learners: PPOLearners, directory: Path) -> dict[str, torch.Tensor]:
     """Every trained tensor, by way of a saved state."""
     learners.save(directory)
-    state = torch.load(directory / "learner.pt", weights_only=True)
-    return {
-        f"{module}/{name}": tensor
-        for module, tensors in state["modules"].items()
-        for name, tensor in tensors.items()
-    }
+    state = read_state(directory, torch.device("cpu"))
+    return {f"policy/{name}": tensor for name, tensor in state.policy.items()} | dict(state.beside)
