@@ -17,16 +17,10 @@ from actors.trajectory import Float32Array
 from actors.weights import Probe, WeightUpdate, pack_weights
 from learner.batch import micro_batches, take_rows
 from learner.hf_directory import load_tokenizer, save
-from learner.learner_state import (
-    CONTENTS,
-    Counters,
-    load_moments,
-    moments_of,
-    read_state,
-    write_state,
-)
+from learner.learner_state import CONTENTS, Counters, read_state, write_state
 from learner.models import POLICY, token_logprobs
 from learner.ppo import PPOLearner
+from learner.tensor_files import below, load_moments, moments_of
 
 
 class PPOLearnerActor(PPOLearner):
@@ -147,13 +141,8 @@ class PPOLearnerActor(PPOLearner):
                 for name, parameter in expected.items():
                     parameter.copy_(found[name])
         for name, trainer in self.trainers.items():
-            own = {
-                key.removeprefix(f"{name}/"): value
-                for key, value in state.moments.items()
-                if key.startswith(f"{name}/")
-            }
             # The settings are the configuration's; a checkpoint brings moments, not settings.
-            load_moments(trainer.optimizer, list(self._trained(name)), own)
+            load_moments(trainer.optimizer, list(self._trained(name)), below(name, state.moments))
             trainer.skipped_in_a_row = int(counters.skipped_in_a_row[name])
         self.controller.load_state(counters.controller)
         self.updates = counters.updates

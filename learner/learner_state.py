@@ -9,12 +9,9 @@ learner.json         counters and the KL controller
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.weights import weight_files
+from learner.tensor_files import disk_errors
 
 POLICY_DIR = "policy"
 CRITIC_FILE = "critic.safetensors"
@@ -79,15 +77,10 @@ def write_state(
         OSError: The disk is full or read-only.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    try:
+    with disk_errors(directory):
         write_policy(directory / POLICY_DIR)
         for name, tensors in ((CRITIC_FILE, beside), (OPTIMIZER_FILE, moments)):
             save_file({k: t.detach().contiguous() for k, t in tensors.items()}, directory / name)
-    except Exception as error:  # libraries in Rust have types of their own for a full disk
-        found = re.search(r"os error (\d+)", str(error))
-        if found is None or isinstance(error, OSError):
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(directory)) from error
     text = json.dumps(asdict(counters), indent=1)
     (directory / COUNTERS_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -118,26 +111,3 @@ def read_state(directory: Path, device: torch.device) -> LearnerState:
             f"learner checkpoint {directory} cannot be read ({type(error).__name__}: {error}); "
             "go on from an earlier one"
         ) from error
-
-
-def moments_of(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """``{"exp_avg/<parameter>": tensor}`` of an optimizer with one parameter group."""
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {
-        f"{moment}/{names[index]}": torch.as_tensor(value)
-        for index, entry in state.items()
-        for moment, value in entry.items()
-    }
-
-
-def load_moments(
-    optimizer: torch.optim.Optimizer, names: list[str], moments: Mapping[str, Tensor]
-) -> None:
-    """Take back what ``moments_of`` gave; settings (learning rate, betas) stay as they are."""
-    index = {name: number for number, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in moments.items():
-        moment, _, name = key.partition("/")
-        state.setdefault(index[name], {})[moment] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -32,7 +32,7 @@ from actors.weights import WeightUpdate, tensors_of
 from cluster import checkpoint, step_lines
 from cluster.config import load_config
 from cluster.session import Parts
-from learner import learner_state, supervised
+from learner import learner_state, supervised, training_state
 from learner.hf_directory import load_causal_lm, load_tokenizer
 from learner.trainer import ModuleTrainer
 from reward_service.model import RewardModel
@@ -179,16 +179,15 @@ def full_disk() -> None:
 def torn_training_state() -> None:
     """A supervised stage is killed within its fourth save."""
     count = nth(4)
-    original = torch.save
+    original = training_state.save_file
 
-    def save(state: Any, file: Any) -> None:
+    def save(tensors: Any, path: Path, **options: Any) -> None:
         if count():
-            file.write(b"half a state")
-            file.flush()
+            path.write_bytes(b"half a state")
             die()
-        original(state, file)
+        original(tensors, path, **options)
 
-    supervised.torch.save = save  # type: ignore[attr-defined]
+    training_state.save_file = save  # type: ignore[assignment]
 
 
 POINTS: dict[str, Callable[[], None]] = {

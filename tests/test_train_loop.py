@@ -134,3 +134,23 @@ def test_a_step_with_too_few_good_samples_stops_the_run() -> None:
         Step(submitted=[*ids, "p#3"], failures=failures).check_accounts(0.5)
     with pytest.raises(RuntimeError, match=r"do not balance.*unknown: p#2"):
         Step(submitted=ids, failures=[*failures, failures[2]]).check_accounts(0.5)
+
+
+def test_learners_that_trained_on_other_tokens_are_found_out() -> None:
+    trajectory = Trajectory(
+        prompt=Prompt(prompt_id="p", token_ids=np.array([3], np.int32), text="x"),
+        sample_index=0,
+        response_ids=np.array([5, 6, 2], np.int32),
+        response_logprobs=np.zeros(3, np.float32),
+        policy_versions=np.zeros(3, np.int32),
+        response_text="",
+        finish_reason="stop",
+        seed=0,
+    )
+    sample = Sample(trajectory=trajectory, score=Score(sample_id="p#0", value=0.0), measured={})
+    step = Step(submitted=["p#0"], samples=[sample])
+    step.check_accounts(1.0)
+    step.check_learned({"ppo/samples": 1.0, "ppo/tokens": 3.0})
+    for samples, tokens in ((1.0, 4.0), (1.0, 2.0), (2.0, 3.0)):
+        with pytest.raises(RuntimeError, match=r"but the step has 3 of 1: masks or lengths"):
+            step.check_learned({"ppo/samples": samples, "ppo/tokens": tokens})
