@@ -122,7 +122,11 @@ class Generation:
         for worker in serving:
             in_flight = sum(len(s.samples) for s in self._streams if s.worker is worker)
             room = width + spare - in_flight
-            if in_flight and room < spare:
+            if len(self._fleet.workers) == 1:
+                # Nobody to share with: everything at once, so that what is decoded side by side
+                # does not depend on time. With several threads an engine's last bits depend on it.
+                room = len(self._queue)
+            elif in_flight and room < spare:
                 continue
             # At first an even share each, so that workers finish together.
             share = len(self._queue) if in_flight else -(-len(self._queue) // len(serving))

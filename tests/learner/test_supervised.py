@@ -244,9 +244,8 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
         (tmp_path / STATE_FILE).write_bytes(torn)
         with pytest.raises(ValueError, match="cannot be read"):
             fit(tmp_path, resume=True)
-    with pytest.raises(ValueError, match="cannot be read"):
-        (tmp_path / STATE_FILE).write_bytes(b"torn")
-        saved_step(tmp_path)
+        with pytest.raises(ValueError, match="cannot be read"):
+            saved_step(tmp_path)
 
 
 def test_no_state_file_means_no_step_to_resume(tmp_path: Path) -> None:
