@@ -194,11 +194,13 @@ class CheckpointStore:
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that matches its manifest, or ``None`` when there is none.
 
-        Newer ones that do not are put aside, so that nobody takes them for good ones.
+        Newer ones that do not are put aside, so that nobody takes them for good ones, and what a
+        killed process left half written or half deleted goes.
 
         Raises:
             RuntimeError: There are checkpoints and every one of them is damaged.
         """
+        self._sweep()
         damaged: list[Path] = []
         for step in reversed(self.steps()):
             path = self._path(step)
@@ -245,7 +247,6 @@ class CheckpointStore:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def _sweep(self) -> None:
-        """What a killed process left half written or half deleted."""
         for path in self._directory.glob(".step_*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -269,7 +269,8 @@ def ppo_points(place: Path) -> Iterator[tuple[str, list[str]]]:
         reward = {"terms": terms, "retry": {"pause_s": 0.0}}
         small = {"steps": 6, "checkpoint_every": 2, "prompts_per_step": 4}
         ppo = OPTIONS | small
-        return write_config(place, place / name, model, reward=reward, ppo=ppo)
+        short = {"max_new_tokens": 4}
+        return write_config(place, place / name, model, reward=reward, ppo=ppo, sampling=short)
 
     reference = configure("reference")
     if code := run(reference, "ppo", resume=False):

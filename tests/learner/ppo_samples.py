@@ -64,4 +64,7 @@ def weights(learners: PPOLearners, directory: Path) -> dict[str, torch.Tensor]:
     """Every trained tensor, by way of a saved state."""
     learners.save(directory)
     state = read_state(directory, torch.device("cpu"))
-    return {f"policy/{name}": tensor for name, tensor in state.policy.items()} | dict(state.beside)
+    policy = {f"policy/model.{name}": tensor for name, tensor in state.policy.items()}
+    if "lm_head.weight" not in state.policy:
+        policy["policy/model.lm_head.weight"] = state.policy["model.embed_tokens.weight"]
+    return policy | dict(state.beside)
