@@ -3,7 +3,8 @@
 What is killed is the real pipeline with its own loop, learner, reward, checkpoints and files; only
 the engine is a small sampler of this file, so that a start costs half a second. Every run is a
 fork of this process, which has imported everything and started nothing. Prints one JSON line for
-each point: its name, and how the result differs from the run that nobody killed.
+each point: its name, and how the result differs from the run that nobody killed. With ``all`` as a
+second argument, points that resemble others are tried as well.
 """
 
 from __future__ import annotations
@@ -217,6 +218,17 @@ SUPERVISED: dict[str, Callable[[], None]] = {
 }
 
 
+RESEMBLE_OTHERS = {
+    "before a checkpoint is described",
+    "while a checkpoint is flushed",
+    "before old checkpoints go",
+    "pretrain, in a step",
+    "pretrain, while the model is written",
+    "reward, in a step",
+    "reward, while the model is written",
+}
+
+
 # ---- running -----------------------------------------------------------------------------------
 
 
@@ -257,7 +269,7 @@ def damage(run_dir: Path) -> None:
     file.write_bytes(data)
 
 
-def ppo_points(place: Path) -> Iterator[tuple[str, list[str]]]:
+def ppo_points(place: Path, skip: set[str]) -> Iterator[tuple[str, list[str]]]:
     model = make_llama(place / "model", tied=True)
     scorer = write_reward_model(model, place / "scorer", seed=1, gain=1.0, bias=0.0)
     terms = [
@@ -276,6 +288,8 @@ def ppo_points(place: Path) -> Iterator[tuple[str, list[str]]]:
     if code := run(reference, "ppo", resume=False):
         raise RuntimeError(f"{reference.with_suffix('.log').read_text()}\nexit code {code}")
     for number, (name, kill) in enumerate(POINTS.items()):
+        if name in skip:
+            continue
         config = configure(f"run{number}")
         wrong = []
         code = run(config, "ppo", resume=False, kill=kill)
@@ -310,7 +324,7 @@ def twice(config: Path, place: Path) -> list[str]:
     return wrong + differences(place / "reference", run_dir)
 
 
-def supervised_points(place: Path) -> Iterator[tuple[str, list[str]]]:
+def supervised_points(place: Path, skip: set[str]) -> Iterator[tuple[str, list[str]]]:
     """Base model, fine-tuning and reward model, each from its own data."""
     model = make_llama(place / "start", tied=True)
     texts = [" ".join(WORDS[(i * 3 + j * j) % 8] for j in range(4 + i % 9)) for i in range(48)]
@@ -344,6 +358,8 @@ def supervised_points(place: Path) -> Iterator[tuple[str, list[str]]]:
         if run(reference, stage, resume=False):
             raise RuntimeError(reference.with_suffix(".log").read_text())
         for name, kill in SUPERVISED.items():
+            if f"{stage}, {name}" in skip:
+                continue
             config = configure(name.replace(" ", "_"))
             ended = [run(config, stage, resume=False, kill=kill), run(config, stage, resume=True)]
             wrong = [] if ended == [-9, 0] else [config.with_suffix(".log").read_text()[-2000:]]
@@ -353,13 +369,13 @@ def supervised_points(place: Path) -> Iterator[tuple[str, list[str]]]:
             yield f"{stage}, {name}", wrong + metrics_differences(a, b)
 
 
-def main(place: Path) -> None:
+def main(place: Path, skip: set[str]) -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     for part, points in (("ppo", ppo_points), ("supervised", supervised_points)):
-        for name, wrong in points(place / part):
+        for name, wrong in points(place / part, skip):
             print(json.dumps([name, wrong]), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), set() if "all" in sys.argv[2:] else RESEMBLE_OTHERS)

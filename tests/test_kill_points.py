@@ -26,7 +26,7 @@ def test_runs_killed_at_any_point_end_with_the_same_bits(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr[-4000:]
     results = dict(json.loads(line) for line in done.stdout.splitlines())
     assert {name: wrong for name, wrong in results.items() if wrong} == {}
-    assert len(results) == 13 + 9
+    assert len(results) == 10 + 5
     # Failures of scoring were part of it.
     rows = [json.loads(x) for x in (tmp_path / "ppo/reference/ppo/quarantine.jsonl").open()]
     assert {row["stage"] for row in rows} == {"scoring"}
