@@ -3,7 +3,8 @@
 One thread of the driver runs :meth:`Generation.run`. It consumes what the actors stream, and
 feeds them: every turn it restarts dead actors, keeps each serving actor's batch full, waits for
 an outcome, and yields what it can. A sample whose actor dies goes back to the front of the
-queue with its seed, so that whoever samples it next gets the same tokens.
+queue with its seed, so that whoever samples it next gets the same tokens. One that an actor which
+lives on could not generate rests for a while first, twice as long each time.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class Generation:
             for prompt in prompts
             for i in range(sampling.samples_per_prompt)
         )
+        self._resting: list[tuple[float, _Sample]] = []  # (when to try again, monotonic)
         self._streams: list[_Stream] = []
         self._total = len(self._queue)
 
@@ -80,7 +82,7 @@ class Generation:
         """Yield one record for each sample; whatever ends it early leaves the engines idle."""
         done = 0
         try:
-            while self._queue or self._streams:
+            while self._queue or self._streams or self._resting:
                 for record in self._turn():
                     done += 1
                     if progress is not None:
@@ -91,16 +93,26 @@ class Generation:
 
     def _turn(self) -> Iterator[Record]:
         self._fleet.respawn()
+        pause = self._wake()
         self._dispatch()
         if not self._streams:
             self._fleet.require_hope()
-        ready = self._fleet.wait([stream.results for stream in self._streams], 1.0)
+        ready = self._fleet.wait([stream.results for stream in self._streams], pause)
+        if not self._streams and not self._queue:
+            time.sleep(pause)
         for stream in [s for s in self._streams if s.results in ready]:
             if stream in self._streams:  # unless its worker was lost a moment ago
                 yield from self._read(stream)
         for stream in list(self._streams):
             if stream in self._streams and self._hangs(stream):
                 yield from self._recover(stream.worker)
+
+    def _wake(self) -> float:
+        """Queue the samples that have rested; returns how long to wait for the next, in s."""
+        now = time.monotonic()
+        self._queue.extendleft(sample for due, sample in self._resting if due <= now)
+        self._resting = [(due, sample) for due, sample in self._resting if due > now]
+        return min([1.0, *(due - now for due, _ in self._resting)])
 
     def _dispatch(self) -> None:
         """Keep every serving worker's batch full, and no worker's backlog long."""
@@ -110,7 +122,11 @@ class Generation:
         for worker in serving:
             in_flight = sum(len(s.samples) for s in self._streams if s.worker is worker)
             room = width + spare - in_flight
-            if in_flight and room < spare:
+            if len(self._fleet.workers) == 1:
+                # Nobody to share with: everything at once, so that what is decoded side by side
+                # does not depend on time. With several threads an engine's last bits depend on it.
+                room = len(self._queue)
+            elif in_flight and room < spare:
                 continue
             # At first an even share each, so that workers finish together.
             share = len(self._queue) if in_flight else -(-len(self._queue) // len(serving))
@@ -153,7 +169,7 @@ class Generation:
         for outcome in outcomes:
             sample = stream.samples.pop(outcome.request_id)
             if isinstance(outcome, Refused):
-                yield from self._retry(sample, outcome.reason)
+                yield from self._retry(sample, outcome.reason, rest=not outcome.engine_lost)
                 if outcome.engine_lost and worker.state is not State.DEAD:
                     self._fleet.lose(worker, outcome.reason)
             else:
@@ -175,21 +191,26 @@ class Generation:
                 seed=sample.seed,
             )
         except ValueError as error:
-            yield from self._retry(sample, str(error))
+            yield from self._retry(sample, str(error), rest=True)
         else:
             yield trajectory
 
-    def _retry(self, sample: _Sample, reason: str) -> Iterator[SampleFailure]:
-        """Queue a sample again, or give it up."""
+    def _retry(self, sample: _Sample, reason: str, *, rest: bool) -> Iterator[SampleFailure]:
+        """Queue a sample again, at once or after a rest, or give it up."""
         sample.failures += 1
         if sample.failures <= self._config.max_retries:
-            self._queue.appendleft(sample)
+            if rest:
+                pause = self._config.retry_pause_s * 2 ** (sample.failures - 1)
+                self._resting.append((time.monotonic() + pause, sample))
+            else:
+                self._queue.appendleft(sample)
             return
         yield SampleFailure(
             prompt=sample.prompt,
             sample_index=sample.index,
             stage="generation",
             reason=f"failed {sample.failures} times, last: {reason}",
+            attempts=sample.failures,
         )
 
     def _recover(self, worker: Worker) -> Iterator[SampleFailure]:
@@ -197,7 +218,7 @@ class Generation:
         for stream in [s for s in self._streams if s.worker is worker]:
             self._streams.remove(stream)
             for sample in stream.samples.values():
-                yield from self._retry(sample, worker.reason)
+                yield from self._retry(sample, worker.reason, rest=False)
 
     def _hangs(self, stream: _Stream) -> bool:
         """Whether a stream has been silent for too long; its worker is then lost."""

@@ -134,6 +134,9 @@ class RolloutConfig(StrictConfig):
     sample_timeout_s: float = Field(300.0, gt=0, description="no sample finished for so long")
     update_timeout_s: float = Field(120.0, gt=0, description="a weight update must confirm by then")
     max_retries: int = Field(2, ge=0, description="retries of a sample whose generation failed")
+    retry_pause_s: float = Field(
+        0.25, ge=0, description="before the first retry of such a sample; doubles with each"
+    )
     probe_tolerance: float = Field(
         1e-3,
         gt=0,

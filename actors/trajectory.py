@@ -18,6 +18,10 @@ Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 
 
+MAX_LOGPROB = 1e-3
+"""A log-probability is at most 0; rounding, in bfloat16 above all, may lift it a little."""
+
+
 class Message(TypedDict):
     """One turn of a dialogue, as chat templates take it."""
 
@@ -88,6 +92,11 @@ class Trajectory:
             raise ValueError(f"sample {self.sample_id}: lengths must be equal and > 0: {lengths}")
         if not np.isfinite(self.response_logprobs).all():
             raise ValueError(f"sample {self.sample_id}: the engine gave a log-probability of NaN")
+        if (self.response_logprobs > MAX_LOGPROB).any():
+            raise ValueError(
+                f"sample {self.sample_id}: the engine gave a log-probability of "
+                f"{self.response_logprobs.max():g}, which no probability has"
+            )
 
     @property
     def sample_id(self) -> str:
@@ -101,12 +110,19 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SampleFailure:
-    """A sample that could not be generated or scored, and why."""
+    """A sample that could not be generated or scored, and why.
+
+    Attributes:
+        attempts: How often it was tried.
+        response: The response that could not be scored; ``None`` when there is none.
+    """
 
     prompt: Prompt
     sample_index: int
     stage: Literal["generation", "scoring"]
     reason: str
+    attempts: int = 1
+    response: str | None = None
 
     @property
     def sample_id(self) -> str:

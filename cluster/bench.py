@@ -21,7 +21,7 @@ import numpy as np
 
 from actors.config import EngineConfig, RolloutConfig, SamplingConfig
 from actors.prompts import PromptStream
-from actors.trajectory import Prompt
+from actors.trajectory import Prompt, SampleFailure
 from cluster.config import RunConfig
 from cluster.progress import Reporter
 from cluster.session import Session
@@ -183,6 +183,10 @@ class _Log:
     def __init__(self) -> None:
         self.next_step = 0
         self.steps: list[Mapping[str, float]] = []
+
+    def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None:
+        if failures:
+            raise RuntimeError(f"step {step} of a benchmark failed: {failures[0].reason}")
 
     def finish_step(
         self,

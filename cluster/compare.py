@@ -15,8 +15,9 @@ from actors.trajectory import Prompt, SampleFailure, Trajectory
 from cluster.evaluate import CheckpointSamples, evaluate_samples
 from cluster.evaluation import Evaluation
 from cluster.stages import Workplace
-from reward_service.rewards import Reward, score_stream
+from reward_service.rewards import Reward
 from reward_service.score import Score
+from reward_service.scoring import score_stream
 
 
 def compare_checkpoints(work: Workplace, models: dict[str, Path]) -> Evaluation:
@@ -83,7 +84,7 @@ def answer(
     found: list[tuple[Trajectory, Score]] = []
     failed = 0
     generated = pool.generate(prompts, sampling, run_seed=config.seed, round_index=0)
-    for item in score_stream(reward, generated):
+    for item in score_stream(reward, generated, retry=config.reward.retry):
         if isinstance(item, SampleFailure):
             failed += 1
         else:

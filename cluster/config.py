@@ -159,7 +159,9 @@ def override_config(config: RunConfig, overrides: Sequence[str], source: str) ->
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, so that a run can be repeated from its directory."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

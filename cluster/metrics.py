@@ -10,10 +10,8 @@ keeps what it had measured; and a resumed run continues it without a step appear
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +19,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
+
+from cluster.step_lines import StepLines, read_step_lines
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,9 +62,7 @@ class MetricsWriter:
     ) -> None:
         self.path = directory / FILE_NAME
         self.stage = stage
-        directory.mkdir(parents=True, exist_ok=True)
-        _cut_after(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._lines = StepLines(self.path, resume_step=resume_step)
         self._board = (
             None
             if tensorboard is None
@@ -86,11 +84,16 @@ class MetricsWriter:
             line["total"] = total
         line["time"] = round(time.time(), 3)
         line.update(values)
-        self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._lines.append([line])
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+            # Its curves must not lack what the file has, when the process ends here.
+            self._board.flush()
+
+    def sync(self) -> None:
+        """Have the disk hold every line: a checkpoint that follows relies on it."""
+        self._lines.sync()
 
     def histogram(self, name: str, values: Sequence[float], step: int) -> None:
         """A distribution, for TensorBoard only. ``values`` must be finite."""
@@ -108,7 +111,7 @@ class MetricsWriter:
             self._board.add_text(name, indented, step)
 
     def close(self) -> None:
-        self._file.close()
+        self._lines.close()
         if self._board is not None:
             self._board.close()
 
@@ -163,65 +166,12 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
     if path.is_dir():
         path = path / FILE_NAME
-    rows, note = _read_rows(path)
+    rows, note = read_step_lines(path)
     frame = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["stage", "step"])
     if note:
         frame.attrs["note"] = note
         logger.warning(note)
     return frame
-
-
-def _read_rows(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The lines of ``path`` and, when its last line was left out, the sentence that says so."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a stage writes it when it runs")
-    rows: list[dict[str, Any]] = []
-    lines = path.read_bytes().split(b"\n")
-    unfinished = lines.pop()  # what follows the last newline: nothing, or an unfinished line
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(_parse(path, number, line))
-    if not unfinished.strip():
-        return rows, ""
-    try:
-        rows.append(_parse(path, len(lines) + 1, unfinished))
-    except ValueError:
-        return rows, (
-            f"{path}:{len(lines) + 1}: the last line is cut off (the run was killed while writing "
-            "it) and is left out"
-        )
-    return rows, ""
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    def refuse_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not strict JSON")
-
-    try:
-        row = json.loads(line, parse_constant=refuse_constant)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number}: not a line of metrics: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        raise ValueError(
-            f"{path}:{number}: not a line of metrics: expected a JSON object with an integer 'step'"
-        )
-    return row
-
-
-def _cut_after(path: Path, step: int | None) -> None:
-    """Leaves in ``path`` only the lines up to ``step``, in one atomic replacement."""
-    if step is None or not path.exists():
-        path.unlink(missing_ok=True)
-        return
-    rows, _ = _read_rows(path)
-    kept = [row for row in rows if row["step"] <= step]
-    temporary = path.with_suffix(".jsonl.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in kept:
-            file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _open_tensorboard(directory: Path, *, purge_step: int | None) -> SummaryWriter:

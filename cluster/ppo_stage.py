@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from actors.prompts import PromptStream, tokenize_prompts
+from actors.trajectory import SampleFailure
 from cluster.checkpoint import CheckpointStore
 from cluster.health import Watch, is_coarse
 from cluster.metrics import MetricsWriter
+from cluster.resume import as_json, check_inputs, differences, input_digests
 from cluster.stages import Workplace
+from cluster.step_lines import StepLines
 from cluster.stop import Stopped
-from cluster.train import Sample, sample_row, train
+from cluster.train import Sample, failure_row, probe_sequences, sample_row, train
 from learner.config import PPOConfig
 from learner.group import PPOLearners
 
@@ -25,7 +29,13 @@ SAMPLES_EVERY = 5
 
 
 class PPOLog:
-    """Writes what the loop reports: metrics each step, samples now and then, checkpoints."""
+    """Writes what the loop reports: metrics and failures each step, samples now and then,
+    checkpoints.
+
+    Args:
+        inputs: Digests of the models that the run reads.
+        next_step: Step to go on with, counted from 0; lines of it and later ones are cut.
+    """
 
     def __init__(
         self,
@@ -34,6 +44,7 @@ class PPOLog:
         learners: PPOLearners,
         writer: MetricsWriter,
         store: CheckpointStore,
+        inputs: Mapping[str, str],
         next_step: int,
         watch: Watch,
         warn: Callable[[str], None],
@@ -46,31 +57,48 @@ class PPOLog:
         self._learners = learners
         self._writer = writer
         self._store = store
+        self._inputs = inputs
+        self._quarantine = StepLines(directory / "quarantine.jsonl", resume_step=next_step)
+        self._metrics: Mapping[str, float] = {}
+        self._probe: list[list[int]] = []
+
+    def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None:
+        self._quarantine.append(failure_row(step + 1, failure) for failure in failures)
 
     def finish_step(
         self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]
     ) -> None:
         done = step + 1
+        self._store.chosen_metric(metrics)  # said in the first step, not at the first checkpoint
         self._writer.write(done, metrics, total=self._config.steps)
         for sentence in self._watch.step(done, metrics):
             self._warn(sentence)
         if step % SAMPLES_EVERY == 0 or done == self._config.steps:
             self._write_samples(done, samples)
-        self.next_step = done
+        self.next_step, self._metrics, self._probe = done, metrics, probe_sequences(samples)
         if done % self._config.checkpoint_every == 0 or done == self._config.steps:
             self.checkpoint()
 
     def checkpoint(self) -> None:
         """Save the state after the last finished step, unless it is saved already."""
         if self.next_step and self.next_step not in self._store.steps():
-            self._store.save(self.next_step, {}, self._learners.save)
+            self._writer.sync()
+            self._quarantine.sync()
+            # The probe, so that a resumed run hands its engines the very same update.
+            state = {"probe": self._probe, "inputs": dict(self._inputs)}
+            self._store.save(self.next_step, state, self._learners.save, self._metrics)
+
+    def close(self) -> None:
+        self._quarantine.close()
 
     def _write_samples(self, done: int, samples: Sequence[Sample]) -> None:
         path = self._directory / "samples" / f"step_{done:06d}.jsonl"
+        partial = path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8") as file:
+        with partial.open("w", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps(sample_row(sample), ensure_ascii=False) + "\n")
+        partial.replace(path)
 
 
 def run_ppo(work: Workplace) -> dict[str, Any]:
@@ -79,10 +107,20 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
     assert config.ppo is not None
     directory = work.run_dir / "ppo"
     store = CheckpointStore(
-        directory / "checkpoints", config.ppo.keep_checkpoints, warn=work.reporter.warn
+        directory / "checkpoints",
+        keep=config.ppo.keep_checkpoints,
+        best_by=config.ppo.keep_best,
+        config=as_json(config),
+        warn=work.reporter.warn,
     )
-    checkpoint = store.latest() if work.resume else None
     policy = config.policy_model
+    models = {term.name: Path(term.model) for term in config.reward_terms if term.model}
+    inputs = input_digests(config, models)
+    checkpoint = store.latest() if work.resume else None
+    if checkpoint is not None:
+        check_inputs(checkpoint, inputs)
+        for difference in differences(checkpoint, config):
+            work.reporter.warn(f"not the run that was interrupted, bit for bit: {difference}")
     prompts = tokenize_prompts(
         work.data.prompts(), AutoTokenizer.from_pretrained(policy), config.data
     )
@@ -94,7 +132,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
     if checkpoint is not None:
         learners.restore(checkpoint.path)
         start = checkpoint.step
-        rollouts.load(learners.export_weights(start, [prompts[0].token_ids.tolist()]))
+        rollouts.load(learners.export_weights(start, checkpoint.state["probe"]))
         work.reporter.say(f"going on after step {start}")
     writer = MetricsWriter(
         directory,
@@ -104,9 +142,19 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
     )
     watch = Watch(coarse=is_coarse(config.rollout.engine.dtype, config.ppo.bf16))
     watch.catch_up(directory, start)  # what was said before the run was interrupted
-    log = PPOLog(directory, config.ppo, learners, writer, store, start, watch, work.reporter.warn)
+    log = PPOLog(
+        directory,
+        config.ppo,
+        learners,
+        writer,
+        store,
+        inputs,
+        start,
+        watch=watch,
+        warn=work.reporter.warn,
+    )
     work.session.forget_weights()
-    with writer, work.reporter.bar("PPO") as bar:
+    with writer, closing(log), work.reporter.bar("PPO") as bar:
         bar.update(start, config.ppo.steps, {})
         finished = train(
             config.ppo,
@@ -120,10 +168,11 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
             measure=work.data.measure,
             stop=work.stop,
             progress=bar.update,
+            retry=config.reward.retry,
         )
-    if not finished:
-        log.checkpoint()
-        raise Stopped(f"PPO after step {log.next_step}; go on with --resume")
+        if not finished:
+            log.checkpoint()
+            raise Stopped(f"PPO after step {log.next_step}; go on with --resume")
     final = directory / "final"
     shutil.rmtree(final, ignore_errors=True)
     learners.save_policy(final)

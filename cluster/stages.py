@@ -41,7 +41,8 @@ class Workplace:
     @contextmanager
     def watched(self, stage: str, output: Path) -> Iterator[OnStep]:
         """A progress bar and a metrics file for a supervised stage; Ctrl-C becomes Stopped."""
-        from learner.supervised import Interrupted, saved_step
+        from learner.supervised import Interrupted
+        from learner.training_state import saved_step
 
         resumed = saved_step(output) if self.resume else None
         writer = MetricsWriter(

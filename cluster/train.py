@@ -8,6 +8,7 @@ prompt is answered.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +19,14 @@ import numpy as np
 from actors.config import SamplingConfig
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
-from actors.trajectory import SampleFailure, Trajectory
+from actors.trajectory import Prompt, SampleFailure, Trajectory
 from learner.batch import build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
-from reward_service.rewards import Reward, score_stream
+from reward_service.config import RetryConfig
+from reward_service.rewards import Reward
 from reward_service.score import Score
+from reward_service.scoring import score_stream
 
 PROBE_SEQUENCES = 2
 PROBE_TOKENS = 16
@@ -34,9 +37,12 @@ Measure = Callable[[Trajectory], Mapping[str, float]]
 
 
 class TrainingLog(Protocol):
-    """What the loop needs of a run: where to go on, and what to do with a finished step."""
+    """What the loop needs of a run: where to go on, and what to do with failures and with a
+    finished step."""
 
     next_step: int
+
+    def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None: ...
 
     def finish_step(
         self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]
@@ -54,9 +60,13 @@ class Sample:
 
 @dataclass
 class Step:
-    """What one step submitted and what became of it: every sample is in exactly one list."""
+    """What one step submitted and what became of it: every sample is in exactly one list.
 
-    submitted: int
+    Attributes:
+        submitted: The ``sample_id`` of every sample that was asked for.
+    """
+
+    submitted: Sequence[str]
     samples: list[Sample] = field(default_factory=list)
     failures: list[SampleFailure] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -68,19 +78,44 @@ class Step:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def check_accounts(self, smallest_share: float) -> None:
-        """``submitted = trained + failed``, and enough of it trained.
+        """``submitted = trained + failed``, sample by sample, and enough of it trained.
 
         Raises:
-            RuntimeError: Too many samples failed; names the most frequent reason.
+            RuntimeError: A sample was lost or came twice, or too many samples failed; names the
+                sample or the most frequent reason.
         """
-        trained, failed = len(self.samples), len(self.failures)
-        assert self.submitted == trained + failed, (self.submitted, trained, failed)
-        if trained < smallest_share * self.submitted or not trained:
-            reasons = [f"{f.stage}: {f.reason}" for f in self.failures]
-            common = max(set(reasons), key=reasons.count)
+        found = Counter(s.trajectory.sample_id for s in self.samples)
+        found.update(f.sample_id for f in self.failures)
+        if found != Counter(self.submitted):
+            wrong = sorted((found - Counter(self.submitted)) | (Counter(self.submitted) - found))
             raise RuntimeError(
-                f"{failed} of {self.submitted} samples of this step failed, more than "
-                f"ppo.min_trained_share allows; most often because of {common}"
+                f"the accounts of this step do not balance: {len(self.submitted)} samples were "
+                f"submitted, {len(self.samples)} are to be trained on and {len(self.failures)} "
+                f"failed; lost, doubled or unknown: {', '.join(wrong[:5])}"
+            )
+        trained, failed = len(self.samples), len(self.failures)
+        if trained < smallest_share * len(self.submitted) or not trained:
+            reasons = Counter(f"{f.stage}: {f.reason}" for f in self.failures)
+            raise RuntimeError(
+                f"{failed} of {len(self.submitted)} samples of this step failed, more than "
+                f"ppo.min_trained_share allows; most often because of "
+                f"{reasons.most_common(1)[0][0]} (all of them are in quarantine.jsonl; go on with "
+                "--resume when the cause is gone)"
+            )
+
+    def check_learned(self, metrics: Mapping[str, float]) -> None:
+        """The learners trained on exactly these samples and their tokens.
+
+        Raises:
+            RuntimeError: Masks or lengths were damaged on the way.
+        """
+        tokens = sum(len(sample.trajectory.response_ids) for sample in self.samples)
+        learned = metrics["ppo/samples"], metrics["ppo/tokens"]
+        if learned != (len(self.samples), tokens):
+            raise RuntimeError(
+                f"the learners trained on {learned[1]:.0f} response tokens of {learned[0]:.0f} "
+                f"samples, but the step has {tokens} of {len(self.samples)}: masks or lengths were "
+                "damaged on the way; go on with --resume from the last checkpoint"
             )
 
 
@@ -97,6 +132,7 @@ def train(
     measure: Measure,
     stop: Callable[[], bool],
     progress: Callable[[int, int, Mapping[str, float]], None],
+    retry: RetryConfig | None = None,
 ) -> bool:
     """Run PPO from ``log.next_step`` to ``config.steps``.
 
@@ -105,16 +141,20 @@ def train(
         under way is then given up: it is generated again, from the same seeds, on resume.
     """
     for number in range(log.next_step, config.steps):
-        step = Step(submitted=config.prompts_per_step * sampling.samples_per_prompt)
+        batch_of_prompts = prompts.batch(number)
+        step = Step(submitted=sample_ids(batch_of_prompts, sampling.samples_per_prompt))
         with step.timed("generate"):
-            batch_of_prompts = prompts.batch(number)
             answers = rollouts.generate(
                 batch_of_prompts, sampling, run_seed=seed, round_index=number
             )
-            collect(step, score_stream(reward, answers), measure, stop)
+            try:
+                collect(step, score_stream(reward, answers, retry=retry), measure, stop)
+            finally:
+                log.set_aside(number, step.failures)
         if stop():
             return False
-        step.check_accounts(config.min_trained_share)
+        with step.timed("accounting"):
+            step.check_accounts(config.min_trained_share)
         batch = build_batch(
             [sample.trajectory for sample in step.samples],
             [sample.score for sample in step.samples],
@@ -122,12 +162,18 @@ def train(
         )
         with step.timed("learn"):
             metrics = learners.update(batch)
+        step.check_learned(metrics)
         with step.timed("broadcast"):
             rollouts.load(learners.export_weights(number + 1, probe_sequences(step.samples)))
         metrics = {**metrics, **describe(step)}
         log.finish_step(number, metrics, step.samples)
         progress(number + 1, config.steps, watched(metrics))
     return True
+
+
+def sample_ids(prompts: Sequence[Prompt], samples_per_prompt: int) -> list[str]:
+    """What a step submits, by the identity that each sample keeps."""
+    return [f"{p.prompt_id}#{index}" for p in prompts for index in range(samples_per_prompt)]
 
 
 def collect(
@@ -148,6 +194,7 @@ def collect(
         if stop():
             return
     step.samples.sort(key=lambda s: (s.trajectory.prompt.prompt_id, s.trajectory.sample_index))
+    step.failures.sort(key=lambda f: (f.prompt.prompt_id, f.sample_index))
 
 
 def probe_sequences(samples: Sequence[Sample]) -> list[list[int]]:
@@ -167,10 +214,14 @@ def describe(step: Step) -> dict[str, float]:
     ended = [s.trajectory.finish_reason == "stop" for s in step.samples]
     tokens = float(lengths.sum())
     figures: dict[str, float] = {
-        "samples/submitted": step.submitted,
+        "samples/submitted": len(step.submitted),
         "samples/trained": len(step.samples),
         "samples/filtered": 0,
         "samples/failed": len(step.failures),
+        **{
+            f"samples/failed_{stage}": sum(f.stage == stage for f in step.failures)
+            for stage in ("generation", "scoring")
+        },
         "reward/mean": float(values.mean()),
         "reward/std": float(values.std()),
         "reward/min": float(values.min()),
@@ -206,6 +257,19 @@ def watched(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def _figures(sample: Sample, group: str) -> Mapping[str, float]:
     return sample.score.components if group == "components" else sample.measured
+
+
+def failure_row(step: int, failure: SampleFailure) -> dict[str, Any]:
+    """A failure as it is written to ``quarantine.jsonl``; ``step`` counts from 1, as in metrics."""
+    return {
+        "step": step,
+        "sample_id": failure.sample_id,
+        "prompt": failure.prompt.text,
+        "response": failure.response,
+        "stage": failure.stage,
+        "reason": failure.reason,
+        "attempts": failure.attempts,
+    }
 
 
 def sample_row(sample: Sample) -> dict[str, Any]:

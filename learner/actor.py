@@ -5,7 +5,7 @@ Only learner 0 writes, since all learners hold the same; every learner reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from actors.trajectory import Float32Array
 from actors.weights import Probe, WeightUpdate, pack_weights
 from learner.batch import micro_batches, take_rows
 from learner.hf_directory import load_tokenizer, save
+from learner.learner_state import CONTENTS, Counters, read_state, write_state
 from learner.models import POLICY, token_logprobs
 from learner.ppo import PPOLearner
-
-STATE_FILE = "learner.pt"
-STATE_FORMAT = 1
+from learner.tensor_files import below, load_moments, moments_of
 
 
 class PPOLearnerActor(PPOLearner):
@@ -86,23 +85,30 @@ class PPOLearnerActor(PPOLearner):
 
     # ---- state ---------------------------------------------------------------------------------
 
-    def save_state(self, directory: Path) -> None:
-        """Everything that the next update depends on, exactly.
+    def save_state(self, directory: Path) -> dict[str, str]:
+        """Write everything that the next update depends on, exactly; says what each file is.
 
         Shuffles are functions of (seed, update, epoch) and dropout is off, so these two numbers
         are the whole of the random state.
+
+        Raises:
+            OSError: The disk is full or read-only.
         """
-        state = {
-            "format": STATE_FORMAT,
-            "seed": self.setup.seed,
-            "updates": self.updates,
-            "controller": self.controller.state(),
-            "skipped_in_a_row": {n: t.skipped_in_a_row for n, t in self.trainers.items()},
-            "modules": {name: self.module[name].unwrapped().state_dict() for name in self.trainers},
-            "optimizers": {n: t.optimizer.state_dict() for n, t in self.trainers.items()},
+        counters = Counters(
+            seed=self.setup.seed,
+            updates=self.updates,
+            controller=self.controller.state(),
+            skipped_in_a_row={n: t.skipped_in_a_row for n, t in self.trainers.items()},
+            modules=sorted(self.trainers),
+        )
+        moments = {
+            f"{name}/{key}": value
+            for name, trainer in self.trainers.items()
+            for key, value in moments_of(trainer.optimizer, list(self._trained(name))).items()
         }
-        directory.mkdir(parents=True, exist_ok=True)
-        torch.save(state, directory / STATE_FILE)
+        _, beside = self._by_file()
+        write_state(directory, counters, beside, moments, self.save_policy)
+        return CONTENTS
 
     def load_state(self, directory: Path) -> None:
         """Take back what ``save_state`` wrote, whatever the number of learners was then.
@@ -112,55 +118,62 @@ class PPOLearnerActor(PPOLearner):
             ValueError: If it is damaged, of another architecture, or of another seed. The
                 learner is as it was before.
         """
-        path = directory / STATE_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"learner checkpoint {path} does not exist")
-        try:
-            state = torch.load(path, map_location=self._device, weights_only=True)
-            found = {name: _shapes(tensors) for name, tensors in state["modules"].items()}
-            if state["format"] != STATE_FORMAT:
-                raise KeyError("format")
-        except Exception as error:
+        state = read_state(directory, self._device)
+        counters = state.counters
+        if counters.modules != sorted(self.trainers):
             raise ValueError(
-                f"learner checkpoint {path} cannot be read ({type(error).__name__}: {error}); "
-                "go on from an earlier one"
-            ) from error
-        expected = {
-            name: _shapes(self.module[name].unwrapped().state_dict()) for name in self.trainers
-        }
-        if found != expected:
-            raise ValueError(
-                f"learner checkpoint {path} is of another architecture: "
-                f"{_mismatch(found, expected)}"
+                f"learner checkpoint {directory} is of another architecture: it holds "
+                f"{counters.modules}, this run trains {sorted(self.trainers)}"
             )
-        if state["seed"] != self.setup.seed:
+        policy, beside = self._by_file()
+        for found, expected in ((state.policy, policy), (state.beside, beside)):
+            if difference := _difference(found, expected):
+                raise ValueError(
+                    f"learner checkpoint {directory} is of another architecture: {difference}"
+                )
+        if counters.seed != self.setup.seed:
             raise ValueError(
-                f"learner checkpoint {path} is of a run with seed {state['seed']}, this run has "
-                f"seed {self.setup.seed}"
+                f"learner checkpoint {directory} is of a run with seed {counters.seed}, this run "
+                f"has seed {self.setup.seed}"
             )
+        with torch.no_grad():
+            for found, expected in ((state.policy, policy), (state.beside, beside)):
+                for name, parameter in expected.items():
+                    parameter.copy_(found[name])
         for name, trainer in self.trainers.items():
-            self.module[name].unwrapped().load_state_dict(state["modules"][name])
-            trainer.optimizer.load_state_dict(state["optimizers"][name])
             # The settings are the configuration's; a checkpoint brings moments, not settings.
-            trainer.optimizer.param_groups[0].update(self.optimizer_options(name))
-            trainer.skipped_in_a_row = int(state["skipped_in_a_row"][name])
-        self.controller.load_state(state["controller"])
-        self.updates = int(state["updates"])
+            load_moments(trainer.optimizer, list(self._trained(name)), below(name, state.moments))
+            trainer.skipped_in_a_row = int(counters.skipped_in_a_row[name])
+        self.controller.load_state(counters.controller)
+        self.updates = counters.updates
+
+    def _trained(self, module: str) -> dict[str, Tensor]:
+        """Trained tensors by name, in the order in which the optimizer has them."""
+        return dict(self.module[module].unwrapped().named_parameters())
+
+    def _by_file(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Trained tensors as a state has them: those of the policy's model, and all others.
+
+        Buffers are constants (rotary frequencies).
+        """
+        policy = dict(self.policy_model.named_parameters())
+        mine = {id(tensor) for tensor in policy.values()}
+        beside = {
+            f"{module}/{name}": tensor
+            for module in self.trainers
+            for name, tensor in self._trained(module).items()
+            if id(tensor) not in mine
+        }
+        return policy, beside
 
 
-def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def _difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first tensor of the models that a checkpoint lacks or has in another shape.
 
-
-def _mismatch(
-    found: dict[str, dict[str, tuple[int, ...]]], expected: dict[str, dict[str, tuple[int, ...]]]
-) -> str:
-    """The first difference between the tensors of a checkpoint and those of the models."""
-    if found.keys() != expected.keys():
-        return f"it holds {sorted(found)}, this run trains {sorted(expected)}"
-    for module, tensors in expected.items():
-        for name in sorted(tensors.keys() | found[module].keys()):
-            here, there = tensors.get(name), found[module].get(name)
-            if here != there:
-                return f"{module} tensor {name} is {there} there and {here} here"
-    return "unknown"
+    Others that it has in addition are the same by another name (a tied output layer).
+    """
+    for name, tensor in sorted(expected.items()):
+        there = tuple(found[name].shape) if name in found else None
+        if there != tuple(tensor.shape):
+            return f"tensor {name} is {there} there and {tuple(tensor.shape)} here"
+    return ""

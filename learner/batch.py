@@ -55,6 +55,14 @@ class PPOBatch:
             raise ValueError("a PPO batch has samples that are longer than its input_ids")
         if int(self.response_lengths.max()) > self.rewards.shape[1]:
             raise ValueError("a PPO batch has responses that are longer than its rewards")
+        if min(self.prompt_lengths.min(), self.response_lengths.min()) < 1:
+            raise ValueError("a PPO batch has a prompt or a response without tokens")
+        mask = np.arange(self.rewards.shape[1]) < self.response_lengths[:, None]  # [B, R]
+        if self.rewards[~mask].any():
+            raise ValueError("a PPO batch has a reward beyond the end of its response")
+        for name in ("rewards", "engine_logprobs"):
+            if not np.isfinite(getattr(self, name)[mask]).all():
+                raise ValueError(f"a PPO batch has {name} that are not finite")
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -172,4 +172,8 @@ class PPOConfig(StrictConfig):
         0.5, gt=0, le=1, description="a step with fewer good samples than this stops the run"
     )
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, description="the latest ones")
+    keep_best: str | None = Field(
+        "reward/mean",
+        description="the checkpoint whose step had most of this metric is kept as well",
+    )

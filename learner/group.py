@@ -109,11 +109,19 @@ class PPOLearners:
         answers = self._call("sequence_logprobs", shares)
         return [answers[i % self.learners][i // self.learners] for i in range(len(sequences))]
 
-    def save(self, directory: Path) -> None:
-        """Write the exact state of the learners into ``directory`` (which learner 0 must see)."""
-        self._group.call(
+    def save(self, directory: Path) -> dict[str, str]:
+        """Write the exact state of the learners into ``directory`` (which learner 0 must see).
+
+        Returns:
+            What each file, or each directory of files, is.
+
+        Raises:
+            OSError: The disk is full or read-only; the learners are as good as before.
+        """
+        contents: dict[str, str] = self._group.call(
             "save_state", [{"directory": Path(directory)}], self._timeout_s, may_refuse=True
-        )
+        )[0]
+        return contents
 
     def restore(self, directory: Path) -> None:
         """Take the state back, bit for bit, whatever the number of learners was.

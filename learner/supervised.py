@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 
 from learner.config import OptimizerConfig, SupervisedConfig
+from learner.tensor_files import below, load_moments, moments_of
 from learner.token_batches import IntArray, cut_by_budget, plan_steps
+from learner.training_state import STATE_FILE, read_training_state, write_training_state
 
 logger = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, dict[str, float]], None]
 """Called after every optimizer step with (step, total steps, metrics)."""
-
-STATE_FILE = "training_state.pt"
 
 
 class Interrupted(RuntimeError):
@@ -121,14 +121,6 @@ def train(
         if resume:
             loop.restore()
         return loop.run(on_step, should_stop)
-
-
-def saved_step(output_dir: Path) -> int | None:
-    """The step that a resumed training continues after; ``None`` without a state file."""
-    path = output_dir / STATE_FILE
-    if not path.is_file():
-        return None
-    return int(torch.load(path, weights_only=True, mmap=True)["step"])
 
 
 @contextmanager
@@ -283,7 +275,7 @@ class _Loop:
             self.best = {
                 "step": self.step,
                 "held_out": dict(self.held_out_now),
-                "model": {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()},
+                "model": {k: v.detach().cpu().clone() for k, v in self._weights().items()},
             }
         return {f"held_out_{name}": value for name, value in self.held_out_now.items()}
 
@@ -299,7 +291,7 @@ class _Loop:
         if self.best is not None:
             kept, held_out = self.best["step"], self.best["held_out"]
             if kept != self.step:
-                self.model.load_state_dict(self.best["model"])
+                self._load_weights(self.best["model"])
         return TrainingResult(
             steps=self.step,
             tokens=self.tokens,
@@ -312,47 +304,57 @@ class _Loop:
         )
 
     def _save(self) -> None:
-        state = {
+        best = self.best or {"step": 0, "held_out": {}, "model": {}}
+        tensors = {f"model/{name}": tensor for name, tensor in self._weights().items()}
+        tensors |= {f"best/{name}": tensor for name, tensor in best["model"].items()}
+        moments = moments_of(self.optimizer, self._names())
+        tensors |= {f"moments/{name}": tensor for name, tensor in moments.items()}
+        rest = {
             "identity": self.identity,
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "tokens": self.tokens,
             "padded": self.padded,
             "seconds": self.seconds,
             "losses": self.losses,
             "held_out_now": self.held_out_now,
-            "best": self.best,
+            "best": {"step": best["step"], "held_out": best["held_out"]} if self.best else None,
         }
-        partial = self.state_path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.state_path)
+        write_training_state(self.state_path, tensors, rest)
 
     def restore(self) -> None:
         """Take up the state file, if there is one."""
         if not self.state_path.is_file():
             return
-        try:
-            state = torch.load(self.state_path, weights_only=True, map_location=self.device)
-        except Exception as error:  # a torn file fails in many ways, all of them the same to us
-            raise ValueError(
-                f"{self.state_path} cannot be read, so this training cannot be resumed: start it "
-                "again without resume"
-            ) from error
+        tensors, state = read_training_state(self.state_path, self.device)
         if state["identity"] != self.identity:
             raise ValueError(
                 f"{self.state_path} belongs to a training with other data, seed or settings: "
                 "resume with the same ones, or start again without resume"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_weights(below("model", tensors))
+        load_moments(self.optimizer, self._names(), below("moments", tensors))
         self.step, self.tokens = int(state["step"]), int(state["tokens"])
         self.padded, self.seconds = int(state["padded"]), float(state["seconds"])
         self.losses = list(state["losses"])
-        self.held_out_now, self.best = dict(state["held_out_now"]), state["best"]
+        self.held_out_now = dict(state["held_out_now"])
+        if state["best"] is not None:
+            best = {name: tensor.cpu() for name, tensor in below("best", tensors).items()}
+            self.best = state["best"] | {"model": best}
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Parameters, tied ones once. Buffers are constants (rotary frequencies)."""
+        return dict(self.model.named_parameters())
+
+    @torch.no_grad()
+    def _load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._weights().items():
+            parameter.copy_(weights[name])
+
+    def _names(self) -> list[str]:
+        """Names of the trained parameters, in the order in which the optimizer has them."""
+        names = {id(parameter): name for name, parameter in self._weights().items()}
+        groups = self.optimizer.param_groups
+        return [names[id(parameter)] for group in groups for parameter in group["params"]]
 
 
 def remove_state(output_dir: Path) -> None:

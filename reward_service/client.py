@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from reward_service.encoding import Truncation
-from reward_service.score import ModelScores, ScoreItem
+from reward_service.score import ModelScores, RewardUnavailable, ScoreItem
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -44,7 +44,8 @@ class HandleScorer:
 
         Raises:
             TimeoutError: No answer within the deadline.
-            RuntimeError: The replicas kept dying, or the model failed.
+            RewardUnavailable: The replicas kept dying.
+            RuntimeError: The model failed.
         """
         if not items:
             raise ValueError("nothing to score: the list of items is empty")
@@ -80,7 +81,7 @@ class HandleScorer:
             if tries < self._max_retries:
                 time.sleep(_pause(tries, deadline))
                 call = self._handle.score_batch.remote(list(chunk), truncation)
-        raise RuntimeError(
+        raise RewardUnavailable(
             f"reward model {self._model!r} was lost {self._max_retries + 1} times under the same "
             f"request ({type(last).__name__}): look at the replica's log for the cause, often "
             "too little memory"
@@ -123,7 +124,8 @@ class HttpScorer:
         Raises:
             ValueError: The server refused the request (4xx); its message is passed on.
             TimeoutError: No answer within the deadline.
-            RuntimeError: The server cannot be reached, keeps failing or answers nonsense.
+            RewardUnavailable: The server cannot be reached or keeps failing.
+            RuntimeError: The server answers nonsense.
         """
         if not items:
             raise ValueError("nothing to score: the list of items is empty")
@@ -158,7 +160,7 @@ class HttpScorer:
                 if answer.status_code not in (408, 429, 500, 502, 503, 504):
                     raise ValueError(f"{self._shown} {problem}")
             if tries == self._max_retries:
-                raise RuntimeError(
+                raise RewardUnavailable(
                     f"{self._shown} {problem}, {tries + 1} times: check that the server runs"
                 )
             time.sleep(_pause(tries, deadline))
@@ -200,7 +202,7 @@ def _joined(answers: Sequence[ModelScores]) -> ModelScores:
     first = answers[0]
     for other in answers:
         if other.version != first.version:
-            raise RuntimeError(
+            raise RewardUnavailable(
                 f"reward model {first.model!r} changed from version {first.version} to "
                 f"{other.version} within one call: score these items again"
             )

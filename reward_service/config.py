@@ -60,10 +60,29 @@ class RewardServiceConfig(StrictConfig):
     max_retries: int = Field(3, ge=0, description="when a replica dies under a request")
 
 
+class RetryConfig(StrictConfig):
+    """How often scoring is tried again before a sample, or the run, is given up.
+
+    Pauses double with each try. Other samples are scored meanwhile.
+    """
+
+    max_retries: int = Field(2, ge=0, description="of a sample that could not be scored")
+    pause_s: float = Field(0.25, ge=0, description="before the first further try")
+    max_pause_s: float = Field(30.0, gt=0)
+    unreachable_s: float = Field(
+        300.0, ge=0, description="how long a reward server that cannot be reached is tried again"
+    )
+
+    def pause(self, tries: int) -> float:
+        """Seconds to wait after ``tries`` (>= 1) tries that failed."""
+        return min(self.max_pause_s, self.pause_s * 2.0 ** min(tries - 1, 60))
+
+
 class RewardConfig(StrictConfig):
     """What PPO maximises: a weighted sum of terms."""
 
     terms: tuple[RewardTerm, ...] = ()
+    retry: RetryConfig = RetryConfig()
     service: RewardServiceConfig = RewardServiceConfig()
 
     @model_validator(mode="after")

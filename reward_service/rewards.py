@@ -1,15 +1,13 @@
 """Rewards: anything that turns trajectories into scores, and how they combine.
 
 A ``Reward`` never invents a value: a sample that it cannot score comes back as a
-``SampleFailure`` with the reason. ``score_stream`` scores in the background while further
-samples are still being generated.
+``SampleFailure`` with the reason. ``reward_service.scoring`` calls it while further samples are
+still being generated, and tries again what failed.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -31,8 +29,11 @@ class Reward(Protocol):
     def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
         """One result for each trajectory, in order.
 
-        Raises when nothing can be scored at all: a server that cannot be reached, a function
-        that fails for every sample.
+        Raises:
+            RewardUnavailable, TimeoutError: Nothing can be scored for now, as the server cannot
+                be reached; trying again later makes sense.
+            RuntimeError: Nothing can be scored at all, such as by a function that fails for
+                every sample.
         """
         ...
 
@@ -82,7 +83,7 @@ class FunctionReward:
         """Load ``package.module:function``. Raises ValueError when that cannot be called."""
         self._path = path
         self._function = RewardFunction.load(path)
-        self._failed = 0
+        self._failed: set[str] = set()
         self._worked = False
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
@@ -93,12 +94,13 @@ class FunctionReward:
             value = self._function(trajectory)
             score = _to_score(trajectory, value)
         except Exception as error:  # the user's code may raise anything
-            self._failed += 1
+            self._failed.add(trajectory.sample_id)
             reason = f"reward function {self._path}: {type(error).__name__}: {error}"
-            if not self._worked and self._failed >= self.GIVE_UP_AFTER:
+            if not self._worked and len(self._failed) >= self.GIVE_UP_AFTER:
                 raise RuntimeError(
-                    f"the reward function {self._path} failed for all of the first {self._failed} "
-                    f"samples, the last time with {type(error).__name__}: {error}"
+                    f"the reward function {self._path} failed for all of the first "
+                    f"{len(self._failed)} samples, the last time with "
+                    f"{type(error).__name__}: {error}"
                 ) from error
             return scoring_failure(trajectory, reason)
         self._worked = True
@@ -121,11 +123,11 @@ class WeightedSum:
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
         if len(self._terms) == 1:
-            columns = [_score_all(self._terms[0][0], self._terms[0][2], trajectories)]
+            columns = [score_all(self._terms[0][0], self._terms[0][2], trajectories)]
         else:  # terms wait for servers: let them wait at the same time
             with ThreadPoolExecutor(len(self._terms)) as pool:
                 columns = list(
-                    pool.map(lambda term: _score_all(term[0], term[2], trajectories), self._terms)
+                    pool.map(lambda term: score_all(term[0], term[2], trajectories), self._terms)
                 )
         rows = zip(*columns, strict=True)
         return [self._sum(t, row) for t, row in zip(trajectories, rows, strict=True)]
@@ -197,122 +199,24 @@ def _build_term(
     return ModelReward(scorers[term.name])
 
 
-def score_stream(
-    reward: Reward, samples: Iterable[Trajectory | SampleFailure], *, batch: int = 32
-) -> Iterator[tuple[Trajectory, Score] | SampleFailure]:
-    """Score samples while later ones are still being generated.
-
-    Consumes ``samples`` in the caller's thread and hands trajectories, ``batch`` at a time, to one
-    background thread that calls ``reward``. Yields each sample exactly once, in no particular
-    order; failures of generation pass through. Nothing runs on after the iterator is closed.
+def score_all(name: str, reward: Reward, trajectories: Sequence[Trajectory]) -> list[Scored]:
+    """What ``reward`` says, checked to be one result for each trajectory, in order.
 
     Raises:
-        RuntimeError: No sample could be scored, with the first reason.
-        Whatever ``samples`` or ``reward`` raise.
+        RuntimeError: It lost results or mixed them up.
+        Whatever ``reward`` raises.
     """
-    scored = failed = 0
-    first_reason = ""
-    scorer = _BackgroundScorer(reward)
-    try:
-        for result in _through(scorer, samples, batch):
-            if not isinstance(result, SampleFailure):
-                scored += 1
-            elif result.stage == "scoring":
-                failed += 1
-                first_reason = first_reason or result.reason
-            yield result
-    finally:
-        scorer.stop()
-    if failed and not scored:
-        raise RuntimeError(
-            f"not one of {failed} samples could be scored; the first: {first_reason}"
-        )
-
-
-def _through(
-    scorer: _BackgroundScorer, samples: Iterable[Trajectory | SampleFailure], batch: int
-) -> Iterator[tuple[Trajectory, Score] | SampleFailure]:
-    waiting: list[Trajectory] = []
-    for sample in samples:
-        if isinstance(sample, SampleFailure):
-            yield sample
-            continue
-        waiting.append(sample)
-        if len(waiting) == batch:
-            scorer.submit(waiting)
-            waiting = []
-        yield from scorer.finished()
-    if waiting:
-        scorer.submit(waiting)
-    yield from scorer.drain()
-
-
-class _BackgroundScorer:
-    """One thread that scores batches in the order in which they were submitted.
-
-    ``submit`` wakes it; ``finished`` gives what it has done so far; ``drain`` waits for the rest.
-    An exception of the reward surfaces in ``finished`` or ``drain``.
-    """
-
-    def __init__(self, reward: Reward) -> None:
-        self._reward = reward
-        self._batches: queue.SimpleQueue[list[Trajectory] | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[list[tuple[Trajectory, Score] | SampleFailure]] = (
-            queue.SimpleQueue()
-        )
-        self._error: BaseException | None = None
-        self._pending = 0
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="scoring", daemon=True)
-        self._thread.start()
-
-    def submit(self, trajectories: list[Trajectory]) -> None:
-        self._pending += 1
-        self._batches.put(trajectories)
-
-    def finished(self) -> Iterator[tuple[Trajectory, Score] | SampleFailure]:
-        while self._pending and not self._results.empty():
-            yield from self._next()
-
-    def drain(self) -> Iterator[tuple[Trajectory, Score] | SampleFailure]:
-        while self._pending:
-            yield from self._next()
-
-    def stop(self) -> None:
-        """Drop what has not been started and wait for what has."""
-        self._stopped.set()
-        self._batches.put(None)
-        self._thread.join()
-
-    def _next(self) -> list[tuple[Trajectory, Score] | SampleFailure]:
-        results = self._results.get()
-        if self._error is not None:
-            raise self._error
-        self._pending -= 1
-        return results
-
-    def _run(self) -> None:
-        while (batch := self._batches.get()) is not None and not self._stopped.is_set():
-            try:
-                results = _score_all(type(self._reward).__name__, self._reward, batch)
-                self._results.put(
-                    [
-                        result if isinstance(result, SampleFailure) else (trajectory, result)
-                        for trajectory, result in zip(batch, results, strict=True)
-                    ]
-                )
-            except BaseException as error:  # raised again in the caller's thread
-                self._error = error
-                self._results.put([])
-                return
-
-
-def _score_all(name: str, reward: Reward, trajectories: Sequence[Trajectory]) -> list[Scored]:
     results = reward.score(trajectories)
     if len(results) != len(trajectories):
         raise RuntimeError(
             f"reward {name!r} gave {len(results)} results for {len(trajectories)} samples"
         )
+    for trajectory, result in zip(trajectories, results, strict=True):
+        if result.sample_id != trajectory.sample_id:
+            raise RuntimeError(
+                f"reward {name!r} mixed its results up: it gave that of {result.sample_id} for "
+                f"sample {trajectory.sample_id}"
+            )
     return results
 
 
@@ -322,6 +226,7 @@ def scoring_failure(trajectory: Trajectory, reason: str) -> SampleFailure:
         sample_index=trajectory.sample_index,
         stage="scoring",
         reason=reason,
+        response=trajectory.response_text,
     )
 
 

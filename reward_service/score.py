@@ -89,9 +89,18 @@ class ModelScores:
                 raise ValueError(f"model {self.model}: a score is {score}")
 
 
+class RewardUnavailable(RuntimeError):
+    """Nothing can be scored for now: a server is down, overloaded or changing its model. The same
+    call may succeed later."""
+
+
 class Scorer(Protocol):
     """A reward model wherever it runs: in this process, behind a handle, or behind a URL."""
 
     def score(self, items: Sequence[ScoreItem], truncation: Truncation = "error") -> ModelScores:
-        """Score every item, in order. Safe to call from any thread."""
+        """Score every item, in order. Safe to call from any thread.
+
+        Raises:
+            RewardUnavailable, TimeoutError: Not now; trying again later makes sense.
+        """
         ...

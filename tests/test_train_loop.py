@@ -47,6 +47,9 @@ class Log:
         self.steps: list[Mapping[str, float]] = []
         self.versions: list[set[int]] = []
 
+    def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None:
+        assert not failures
+
     def finish_step(
         self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]
     ) -> None:
@@ -124,7 +127,30 @@ def test_a_step_with_too_few_good_samples_stops_the_run() -> None:
         SampleFailure(prompt=prompt, sample_index=i, stage="scoring", reason="NaN")
         for i in range(3)
     ]
+    ids = ["p#0", "p#1", "p#2"]
     with pytest.raises(RuntimeError, match=r"3 of 3 samples.*scoring: NaN"):
-        Step(submitted=3, failures=failures).check_accounts(0.5)
-    with pytest.raises(AssertionError):
-        Step(submitted=4, failures=failures).check_accounts(0.5)
+        Step(submitted=ids, failures=failures).check_accounts(0.5)
+    with pytest.raises(RuntimeError, match=r"do not balance: 4 samples .*unknown: p#3"):
+        Step(submitted=[*ids, "p#3"], failures=failures).check_accounts(0.5)
+    with pytest.raises(RuntimeError, match=r"do not balance.*unknown: p#2"):
+        Step(submitted=ids, failures=[*failures, failures[2]]).check_accounts(0.5)
+
+
+def test_learners_that_trained_on_other_tokens_are_found_out() -> None:
+    trajectory = Trajectory(
+        prompt=Prompt(prompt_id="p", token_ids=np.array([3], np.int32), text="x"),
+        sample_index=0,
+        response_ids=np.array([5, 6, 2], np.int32),
+        response_logprobs=np.zeros(3, np.float32),
+        policy_versions=np.zeros(3, np.int32),
+        response_text="",
+        finish_reason="stop",
+        seed=0,
+    )
+    sample = Sample(trajectory=trajectory, score=Score(sample_id="p#0", value=0.0), measured={})
+    step = Step(submitted=["p#0"], samples=[sample])
+    step.check_accounts(1.0)
+    step.check_learned({"ppo/samples": 1.0, "ppo/tokens": 3.0})
+    for samples, tokens in ((1.0, 4.0), (1.0, 2.0), (2.0, 3.0)):
+        with pytest.raises(RuntimeError, match=r"but the step has 3 of 1: masks or lengths"):
+            step.check_learned({"ppo/samples": samples, "ppo/tokens": tokens})

@@ -10,6 +10,7 @@ import torch
 from learner.batch import PPOBatch
 from learner.config import LearnersConfig, PPOConfig
 from learner.group import PPOLearners
+from learner.learner_state import read_state
 
 VOCABULARY = 512
 
@@ -62,9 +63,8 @@ def in_process(
 def weights(learners: PPOLearners, directory: Path) -> dict[str, torch.Tensor]:
     """Every trained tensor, by way of a saved state."""
     learners.save(directory)
-    state = torch.load(directory / "learner.pt", weights_only=True)
-    return {
-        f"{module}/{name}": tensor
-        for module, tensors in state["modules"].items()
-        for name, tensor in tensors.items()
-    }
+    state = read_state(directory, torch.device("cpu"))
+    policy = {f"policy/model.{name}": tensor for name, tensor in state.policy.items()}
+    if "lm_head.weight" not in state.policy:
+        policy["policy/model.lm_head.weight"] = state.policy["model.embed_tokens.weight"]
+    return policy | dict(state.beside)

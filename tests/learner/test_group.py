@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import shutil
 import signal
 import threading
 import time
@@ -13,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from actors.weights import tensors_of
 from learner.config import KLConfig, LearnersConfig, OptimizerConfig, PPOConfig
 from learner.group import LearnerGroupFailed, PPOLearners
+from learner.learner_state import read_state
 from tests.learner.ppo_samples import in_process, random_batch, weights
 
 STEADY = OptimizerConfig(learning_rate=1e-2, betas=(0.9, 0.999), eps=1e-2, max_grad_norm=0.5)
@@ -166,14 +171,12 @@ def test_restore_is_bit_exact_in_a_new_group(tiny_llama: Path, tmp_path: Path) -
     expected, got = weights(first, tmp_path / "a"), weights(second, tmp_path / "b")
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert metrics["ppo/learning_rate_policy"] == pytest.approx(9e-3)
-    states = [torch.load(tmp_path / name / "learner.pt", weights_only=True) for name in ("a", "b")]
-    for key in ("updates", "controller", "skipped_in_a_row", "seed"):
-        assert states[0][key] == states[1][key]
-    moments = [
-        [m for state in s["optimizers"]["critic"]["state"].values() for m in state.values()]
-        for s in states
-    ]
-    assert all(torch.equal(a, b) for a, b in zip(*moments, strict=True))
+    a, b = (read_state(tmp_path / name, torch.device("cpu")) for name in ("a", "b"))
+    assert a.counters == b.counters
+    assert (a.counters.updates, a.counters.seed) == (2, 0)
+    assert {name.split("/")[1] for name in a.moments} == {"step", "exp_avg", "exp_avg_sq"}
+    assert {name.split("/")[0] for name in a.moments} == {"policy", "critic"}
+    assert all(torch.equal(a.moments[name], b.moments[name]) for name in a.moments)
 
 
 def test_a_checkpoint_that_does_not_fit_changes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
@@ -182,18 +185,18 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tiny_llama: Path, tmp_pa
     shared = in_process(PPO.model_copy(update={"shared_trunk": True}), tiny_llama)
     shared.save(tmp_path / "shared")
     in_process(PPO, tiny_llama, seed=1).save(tmp_path / "seed")
-    (tmp_path / "broken").mkdir()
-    whole = (tmp_path / "good" / "learner.pt").read_bytes()
-    (tmp_path / "broken" / "learner.pt").write_bytes(whole[: len(whole) // 2])
-    narrow = torch.load(tmp_path / "good" / "learner.pt", weights_only=True)
-    head = narrow["modules"]["critic"]["value_head.weight"]
-    narrow["modules"]["critic"]["value_head.weight"] = head[:, :32]
-    (tmp_path / "narrow").mkdir()
-    torch.save(narrow, tmp_path / "narrow" / "learner.pt")
+    for name in ("broken", "narrow"):
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+    file = tmp_path / "broken" / "optimizers.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    file = tmp_path / "narrow" / "critic.safetensors"
+    tensors = load_file(file)
+    tensors["critic/value_head.weight"] = tensors["critic/value_head.weight"][:, :32].contiguous()
+    save_file(tensors, file)
     cases: list[tuple[str, type[Exception], str]] = [
-        ("nowhere", FileNotFoundError, "nowhere/learner.pt does not exist"),
+        ("nowhere", FileNotFoundError, "nowhere/learner.json does not exist"),
         ("shared", ValueError, r"it holds \['policy'\], this run trains \['critic', 'policy'\]"),
-        ("narrow", ValueError, r"critic tensor value_head.weight is \(1, 32\) there and \(1, 64\)"),
+        ("narrow", ValueError, r"tensor critic/value_head.weight is \(1, 32\) there and \(1, 64\)"),
         ("seed", ValueError, "of a run with seed 1, this run has seed 0"),
         ("broken", ValueError, "cannot be read"),
     ]
@@ -202,6 +205,25 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tiny_llama: Path, tmp_pa
             learners.restore(tmp_path / name)
     after = weights(learners, tmp_path / "after")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("allowed", [300_000, 1_200_000])
+def test_a_full_disk_is_an_error_of_the_system_whatever_was_being_written(
+    tiny_llama: Path, tmp_path: Path, allowed: int
+) -> None:
+    """The policy and the moments in turn; the learner lives on."""
+    learners = in_process(PPO, tiny_llama)
+    learners.update(random_batch(7, seed=0))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            learners.save(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG
+    learners.save(tmp_path / "room")
+    in_process(PPO, tiny_llama).restore(tmp_path / "room")
 
 
 @pytest.fixture

@@ -23,8 +23,9 @@ from learner.pretrain import (
     pretrain,
 )
 from learner.stage import REPORT_FILE, split
-from learner.supervised import STATE_FILE, Interrupted
+from learner.supervised import Interrupted
 from learner.tokenizer import CHAT_TEMPLATES, train_tokenizer
+from learner.training_state import STATE_FILE
 
 WORDS = ["storm", "Riverton", "council", "market", "rain", "bank", "river", "mayor", "12", "27"]
 CHINESE = ["暴雨", "淹没", "十二户", "人家", "市长", "说", "明天", "道路", "恢复", "通车"]

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from learner.config import OptimizerConfig, SupervisedConfig
-from learner.supervised import STATE_FILE, Interrupted, learning_rate, saved_step, train
+from learner.supervised import Interrupted, learning_rate, train
 from learner.supervised_losses import bradley_terry, nll, rating_error
 from learner.token_batches import cut_by_budget, pad_right, plan_steps
+from learner.training_state import STATE_FILE, saved_step
 
 # --- losses ------------------------------------------------------------------------------------
 
@@ -232,9 +233,19 @@ def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, should_stop=lambda: True)
     with pytest.raises(ValueError, match="other data, seed or settings"):
         fit(tmp_path, resume=True, identity="y")
-    (tmp_path / STATE_FILE).write_bytes(b"torn")
-    with pytest.raises(ValueError, match="cannot be read"):
-        fit(tmp_path, resume=True)
+    whole = (tmp_path / STATE_FILE).read_bytes()
+    for position in range(0, len(whole), 37):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        (tmp_path / STATE_FILE).write_bytes(flipped)
+        with pytest.raises(ValueError, match="cannot be read"):
+            fit(tmp_path, resume=True)
+    for torn in (b"torn", whole[:-1]):
+        (tmp_path / STATE_FILE).write_bytes(torn)
+        with pytest.raises(ValueError, match="cannot be read"):
+            fit(tmp_path, resume=True)
+        with pytest.raises(ValueError, match="cannot be read"):
+            saved_step(tmp_path)
 
 
 def test_no_state_file_means_no_step_to_resume(tmp_path: Path) -> None:

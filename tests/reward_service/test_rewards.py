@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from actors.trajectory import Message, SampleFailure, Trajectory
-from reward_service.config import RewardConfig, RewardTerm
+from reward_service.config import RetryConfig, RewardConfig, RewardTerm
 from reward_service.encoding import Truncation
 from reward_service.examples import length_and_diversity, new_words, story_quality
 from reward_service.rewards import (
@@ -20,9 +20,10 @@ from reward_service.rewards import (
     Scored,
     WeightedSum,
     build_reward,
-    score_stream,
+    scoring_failure,
 )
-from reward_service.score import ModelScores, Score, ScoreItem
+from reward_service.score import ModelScores, RewardUnavailable, Score, ScoreItem
+from reward_service.scoring import score_stream
 
 FUNCTIONS = """
 import numpy as np
@@ -303,3 +304,68 @@ def test_a_reward_that_loses_samples_is_named(trajectory) -> None:
         list(score_stream(Forgetful(), [trajectory()]))
     with pytest.raises(RuntimeError, match="'term' gave 0 results"):
         WeightedSum([("term", 1.0, Forgetful())]).score([trajectory()])
+
+
+# --- tried again -------------------------------------------------------------------------------
+
+QUICK = RetryConfig(max_retries=2, pause_s=0.05, unreachable_s=0.4)
+
+
+class Flaky:
+    """Fails for sample n in its first n tries; is away for its first ``away`` calls."""
+
+    def __init__(self, away: int = 0) -> None:
+        self.away = away
+        self.tries: dict[str, list[float]] = {}
+
+    def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
+        if self.away:
+            self.away -= 1
+            raise RewardUnavailable("nobody answers")
+        return [self._one(trajectory) for trajectory in trajectories]
+
+    def _one(self, trajectory: Trajectory) -> Scored:
+        tries = self.tries.setdefault(trajectory.sample_id, [])
+        tries.append(time.monotonic())
+        number = int(trajectory.prompt.prompt_id[1:])
+        if len(tries) <= number:
+            return scoring_failure(trajectory, f"try {len(tries)}")
+        return Score(sample_id=trajectory.sample_id, value=float(number))
+
+
+def test_a_failed_score_is_tried_again_and_then_set_aside(trajectory) -> None:
+    reward = Flaky()
+    samples = [trajectory("text", number=n) for n in range(5)]
+    results = list(score_stream(reward, samples, batch=2, retry=QUICK))
+    scored = {r[0].sample_id: r[1].value for r in results if not isinstance(r, SampleFailure)}
+    assert scored == {"p0#0": 0.0, "p1#0": 1.0, "p2#0": 2.0}
+    failures = {r.sample_id: r for r in results if isinstance(r, SampleFailure)}
+    assert sorted(failures) == ["p3#0", "p4#0"]
+    assert failures["p3#0"].reason == "failed 3 times, last: try 3"
+    assert (failures["p3#0"].attempts, failures["p3#0"].response) == (3, "text")
+    first, second, third = reward.tries["p4#0"]
+    assert second - first >= 0.05  # pauses double
+    assert third - second >= 0.1
+    assert len(reward.tries["p0#0"]) == 1
+
+
+def test_a_reward_that_is_away_is_waited_for_and_then_an_error(trajectory) -> None:
+    (result,) = score_stream(Flaky(away=2), [trajectory()], retry=QUICK)
+    assert not isinstance(result, SampleFailure)
+    with pytest.raises(
+        RewardUnavailable, match=r"tried [2-4] times .*unreachable_s is 0.4.*nobody"
+    ):
+        list(score_stream(Flaky(away=99), [trajectory()], retry=QUICK))
+    assert all(t.name != "scoring" for t in threading.enumerate())
+
+
+def test_results_that_are_mixed_up_are_refused(trajectory) -> None:
+    class Swapped(Flaky):
+        def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
+            return super().score(trajectories)[::-1]
+
+    samples = [trajectory(number=0), trajectory(number=0, ids=[1]), trajectory(number=9)]
+    with pytest.raises(
+        RuntimeError, match=r"mixed its results up: it gave that of p9#0 for .*p0#0"
+    ):
+        list(score_stream(Swapped(), samples, retry=QUICK))

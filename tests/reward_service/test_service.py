@@ -15,8 +15,9 @@ import pytest
 from reward_service.client import HttpScorer
 from reward_service.config import RewardConfig, RewardServiceConfig, RewardTerm
 from reward_service.model import RewardModel
-from reward_service.rewards import build_reward, score_stream
+from reward_service.rewards import build_reward
 from reward_service.score import ModelScores, Score, ScoreItem
+from reward_service.scoring import score_stream
 from reward_service.service import RewardService
 
 WORDS = ["storm", " Riverton", " council", " market", " rain", " bank", " river", " mayor"]
