@@ -88,6 +88,11 @@ class Trajectory:
             raise ValueError(f"sample {self.sample_id}: lengths must be equal and > 0: {lengths}")
         if not np.isfinite(self.response_logprobs).all():
             raise ValueError(f"sample {self.sample_id}: the engine gave a log-probability of NaN")
+        if int(self.policy_versions.min()) < 0:
+            raise ValueError(
+                f"sample {self.sample_id}: the engine did not say which weight version sampled"
+                f" token {int(np.argmin(self.policy_versions))} of the response"
+            )
 
     @property
     def sample_id(self) -> str:

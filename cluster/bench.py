@@ -82,6 +82,9 @@ def bench_ppo(place: Path, repeats: int) -> dict[str, Any]:
         "floor_settings": floor["settings"],
         "response_tokens_per_second": _median(steps, "tokens/per_second"),
         "engine_delta_mean_max": max(s["ppo/engine_delta_mean"] for s in steps),
+        "verify_share": _median(steps, "weights/verify_share"),
+        "seconds_checksum": _median(steps, "weights/seconds_checksum"),
+        "seconds_probe": _median(steps, "weights/seconds_probe"),
         "bf16_autocast": bf16,
         "iterations": len(steps),
     }
@@ -215,6 +218,7 @@ def _run_steps(
             measure=lambda _: {},
             stop=lambda: False,
             progress=lambda *_: None,
+            warn=reporter.warn,
         )
     return log.steps
 

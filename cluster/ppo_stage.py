@@ -110,6 +110,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
             measure=work.data.measure,
             stop=work.stop,
             progress=bar.update,
+            warn=work.reporter.warn,
         )
     if not finished:
         log.checkpoint()

@@ -19,6 +19,7 @@ from actors.config import SamplingConfig
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
 from actors.trajectory import SampleFailure, Trajectory
+from cluster.drift_watch import DriftWatch, weight_metrics
 from learner.batch import build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
@@ -97,6 +98,7 @@ def train(
     measure: Measure,
     stop: Callable[[], bool],
     progress: Callable[[int, int, Mapping[str, float]], None],
+    warn: Callable[[str], None],
 ) -> bool:
     """Run PPO from ``log.next_step`` to ``config.steps``.
 
@@ -104,6 +106,7 @@ def train(
         True when all steps are done, False when ``stop`` asked to end early. A step that was
         under way is then given up: it is generated again, from the same seeds, on resume.
     """
+    watch = DriftWatch(config.drift_limits, warn)
     for number in range(log.next_step, config.steps):
         step = Step(submitted=config.prompts_per_step * sampling.samples_per_prompt)
         with step.timed("generate"):
@@ -122,9 +125,13 @@ def train(
         )
         with step.timed("learn"):
             metrics = learners.update(batch)
+        watch.check(number, metrics)
         with step.timed("broadcast"):
-            rollouts.load(learners.export_weights(number + 1, probe_sequences(step.samples)))
+            update = learners.export_weights(number + 1, probe_sequences(step.samples))
+            confirmations = rollouts.load(update)
+        watch.loaded(confirmations)
         metrics = {**metrics, **describe(step)}
+        metrics |= weight_metrics(update, confirmations, metrics["seconds/step"])
         log.finish_step(number, metrics, step.samples)
         progress(number + 1, config.steps, watched(metrics))
     return True
