@@ -405,7 +405,7 @@ def spoil(engine: VLLMEngine, name: str, update: WeightUpdate) -> Any:
     def spoilt(self: Any, update_info: Any) -> None:
         tensors = dict(update_info.tensors)
         tensors[name] = tensors[name].clone()
-        tensors[name].view(-1)[-1] += 4.0
+        tensors[name].view(-1)[0] += 4.0
         receive(self, replace(update_info, tensors=tensors))
 
     backend.receive_weights = spoilt
