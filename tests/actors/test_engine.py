@@ -184,6 +184,25 @@ def test_samples_carry_the_log_probabilities_they_were_sampled_with(box: Box) ->
             assert completion.versions.tolist() == [4] * len(completion.token_ids)
 
 
+def test_a_version_travels_with_every_token(tied: Box) -> None:
+    tied.load(tied.train(16))
+
+    def command(engine: VLLMEngine) -> list[int]:
+        engine.add(request("r", SEQUENCES[0], max_new_tokens=9, temperature=0.0))
+        done: list[Completion] = []
+        for _ in range(3):
+            done += engine.step()
+        engine._llm.set_weight_version("17")  # as if new weights came in between two steps
+        while engine.busy:
+            done += engine.step()
+        engine._llm.set_weight_version("16")
+        return done[0].versions.tolist()
+
+    versions = tied.run(command)
+    assert versions[:3] == [16] * 3
+    assert set(versions[3:]) == {17}
+
+
 def test_greedy_takes_the_likeliest_token(box: Box) -> None:
     asked = request("greedy", SEQUENCES[2], temperature=0.0)
     completion = box.sample([asked])["greedy"]
