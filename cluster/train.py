@@ -27,8 +27,9 @@ from reward_service.rewards import Reward, score_stream
 from reward_service.score import Score
 
 PROBE_SEQUENCES = 2
-PROBE_TOKENS = 16
-"""Enough to show a stale or misplaced tensor, which moves every log-probability, and cheap."""
+PROBE_TOKENS = 8
+"""Enough to show a stale or misplaced tensor, which moves every log-probability, and cheap: of
+each step's full sequences the log-probabilities are compared anyway when they are learned from."""
 
 Measure = Callable[[Trajectory], Mapping[str, float]]
 """Figures about a sample that are recorded but never trained on (true quality)."""

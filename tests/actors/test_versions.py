@@ -33,7 +33,7 @@ def test_a_response_that_is_stale_in_one_token_is_refused() -> None:
 
 
 def test_a_token_without_a_version_is_refused() -> None:
-    with pytest.raises(ValueError, match="p#2: .*which weight version sampled token 1"):
+    with pytest.raises(ValueError, match=r"p#2: .*which weight version sampled token 1"):
         Trajectory(
             prompt=Prompt(prompt_id="p", token_ids=np.array([1], np.int32), text=""),
             sample_index=2,

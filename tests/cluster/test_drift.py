@@ -56,7 +56,7 @@ def test_the_gate_passes_where_everything_agrees(
     arguments = ["doctor", "--drift", "--config", str(path), "--steps", "2", "--json"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    verdict = json.loads(result.stdout)
+    verdict = json.loads(result.stdout.splitlines()[-1])
     assert verdict["passed"]
     assert verdict["steps"] == 2
     assert verdict["blame"] is None
