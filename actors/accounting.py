@@ -50,6 +50,21 @@ class _Stream:
     heard: float = field(default_factory=time.monotonic)
 
 
+def require_version(completion: Completion, version: int) -> None:
+    """Nothing stale is trained on: every token must be of the version that the pool serves.
+
+    Raises:
+        ValueError: a token is of another version.
+    """
+    stale = np.flatnonzero(completion.versions != version)
+    if len(stale):
+        raise ValueError(
+            f"token {stale[0]} of the response was sampled with weight version"
+            f" {completion.versions[stale[0]]}, the pool serves version {version}"
+            f" ({len(stale)} of {len(completion.versions)} tokens are of another version)"
+        )
+
+
 class Generation:
     """Everything that one call of ``RolloutPool.generate`` asked for."""
 
@@ -178,14 +193,14 @@ class Generation:
             yield from self._recover(worker)
 
     def _finish(self, sample: _Sample, completion: Completion) -> Iterator[Record]:
-        versions = np.full(len(completion.token_ids), completion.version, np.int32)
         try:
+            require_version(completion, self._fleet.version)
             trajectory = Trajectory(
                 prompt=sample.prompt,
                 sample_index=sample.index,
                 response_ids=completion.token_ids,
                 response_logprobs=completion.logprobs,
-                policy_versions=versions,
+                policy_versions=completion.versions,
                 response_text=completion.text,
                 finish_reason=completion.finish_reason,
                 seed=sample.seed,

@@ -6,7 +6,7 @@ steps: ``add`` requests, ``step`` until they are finished, ``load`` new weights.
 An engine generates only from weights that it has confirmed. ``load`` checks every tensor's
 checksum, loads through vLLM's weight-transfer interface, drops the prefix cache and then proves
 the result: its log-probabilities of the learner's probe sequences must agree. Until that
-succeeds every request is refused.
+succeeds every request is refused; when the probe disagrees, the tensors at fault are named.
 """
 
 from __future__ import annotations
@@ -17,13 +17,21 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from actors.config import EngineConfig
-from actors.generation import Completion, ControlCall, EngineLost, SampleRequest, check_prompt
+from actors.generation import (
+    UNKNOWN_VERSION,
+    Completion,
+    ControlCall,
+    EngineLost,
+    SampleRequest,
+    check_prompt,
+)
 from actors.head_padding import HeadPadding, head_padding
 from actors.trajectory import Float32Array, Int32Array
 from actors.weights import (
@@ -45,6 +53,8 @@ class VLLMEngine:
         model_dir: Hugging Face directory with safetensors weights.
         eos_token_ids: Ids that end a response; the one sampled is kept in the response.
         name: Who confirms weight updates.
+        arguments: Arguments of vLLM's ``EngineArgs`` that replace this project's own, to find out
+            what one of them does.
 
     Raises:
         FileNotFoundError: ``model_dir`` is not a checkpoint.
@@ -58,11 +68,12 @@ class VLLMEngine:
         *,
         eos_token_ids: Sequence[int],
         name: str = "engine",
+        arguments: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
         self._eos = list(eos_token_ids)
         self._shapes = checkpoint_shapes(model_dir)
-        self._llm, self._padding = _build(model_dir, config)
+        self._llm, self._padding = _build(model_dir, config, arguments or {})
         model_config = self._llm.model_config
         self._context_length = int(model_config.max_model_len)
         self._vocab_size = int(model_config.get_vocab_size())
@@ -75,6 +86,7 @@ class VLLMEngine:
         self._scoring: dict[str, int] = {}  # last id of each sequence being scored
         self._scored: dict[str, Float32Array] = {}
         self._batches = itertools.count()
+        self._llm.set_weight_version("0")
         if self._padding is not None:  # built with placeholders
             self.load(read_checkpoint(model_dir, version=0), tolerance=0.0)
 
@@ -142,7 +154,11 @@ class VLLMEngine:
         self.control("update_weights", {"tensors": tensors})
         self.control("finish_weight_update", {})
         loaded = time.perf_counter()
-        max_error, mean_error = self.confirm(update.version, update.probe, tolerance)
+        try:
+            max_error, mean_error = self.confirm(update.version, update.probe, tolerance)
+        except WeightError as error:
+            self._refusal = f"{self._refusal}; {self._diagnosis(tensors)}"
+            raise WeightError(f"{self.name} does not generate: {self._refusal}") from error
         return UpdateConfirmation(
             actor=self.name,
             version=update.version,
@@ -189,6 +205,15 @@ class VLLMEngine:
             self._require_confirmed()
         self._refusal = None
         return largest, mean
+
+    def _diagnosis(self, tensors: Mapping[str, Any]) -> str:
+        """Which tensors the engine does not compute with as they were sent, in words."""
+        if self._llm.vllm_config.parallel_config.world_size > 1:
+            return "its shards on several devices are not compared tensor by tensor"
+        from actors.weight_diagnosis import diagnose
+
+        (found,) = self._llm.apply_model(partial(diagnose, tensors=tensors))
+        return str(found)
 
     def shutdown(self) -> None:
         self._llm.engine_core.shutdown()
@@ -250,7 +275,7 @@ class VLLMEngine:
             if last_id is not None:
                 self._scored[output.request_id] = _scores(output, last_id)
             elif output.outputs[0].finish_reason in ("stop", "length"):
-                self._finished.append(_completion(output, self._version))
+                self._finished.append(_completion(output))
 
 
 def _scores(output: Any, last_id: int) -> Float32Array:
@@ -259,15 +284,18 @@ def _scores(output: Any, last_id: int) -> Float32Array:
     return np.array([*(entry[token].logprob for token, entry in prompt), last], np.float32)
 
 
-def _completion(output: Any, version: int) -> Completion:
+def _completion(output: Any) -> Completion:
     sample = output.outputs[0]
+    versions = np.full(len(sample.token_ids), UNKNOWN_VERSION, np.int32)
+    for span in sample.weight_versions or ():
+        versions[span.start : span.end] = int(span.version)
     flat = sample.logprobs  # with logprobs=0 the only entry of a position is the sampled id
     return Completion(
         request_id=output.request_id,
         token_ids=np.asarray(sample.token_ids, np.int32),
         logprobs=np.asarray([flat.logprobs[i] for i in flat.start_indices], np.float32),
         finish_reason=sample.finish_reason,
-        version=version,
+        versions=versions,
     )
 
 
@@ -275,7 +303,20 @@ def _as_prompt(token_ids: Sequence[int] | Int32Array) -> dict[str, list[int]]:
     return {"prompt_token_ids": [int(i) for i in token_ids]}
 
 
-def _build(model_dir: Path, config: EngineConfig) -> tuple[Any, HeadPadding | None]:
+# What every engine is started with, whatever the configuration.
+FIXED_ARGUMENTS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    # Of the distribution that is sampled from, temperature included.
+    "logprobs_mode": "processed_logprobs",
+    # The checkpoint's own top-k, top-p and the like are ignored.
+    "generation_config": "vllm",
+    "disable_log_stats": True,
+}
+
+
+def _build(
+    model_dir: Path, config: EngineConfig, replaced: Mapping[str, Any]
+) -> tuple[Any, HeadPadding | None]:
     # One process: no children to orphan, and an update runs between two steps.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # It knows whole GiB only and would override rollout.engine.kv_cache_gib.
@@ -315,14 +356,8 @@ def _build(model_dir: Path, config: EngineConfig) -> tuple[Any, HeadPadding | No
                 max_num_seqs=config.max_num_seqs,
                 tensor_parallel_size=config.tensor_parallel_size,
                 enforce_eager=config.enforce_eager,
-                skip_tokenizer_init=True,
-                # Of the distribution that is sampled from, temperature included.
-                logprobs_mode="processed_logprobs",
-                # The checkpoint's own top-k, top-p and the like are ignored.
-                generation_config="vllm",
                 weight_transfer_config={"backend": register(config.weight_transfer)},
-                disable_log_stats=True,
-                **arguments,
+                **(FIXED_ARGUMENTS | arguments | dict(replaced)),
             )
         )
     except Exception as error:

@@ -3,16 +3,19 @@
 Each worker is in one state::
 
     STARTING --built--> LOADING --confirmed--> SERVING
-        ^                  |  ^                   |
-        |                  |  +---- new weights --+
-        |                refused
-        |                  v
+        ^                |  ^  ^                  |
+        |                |  |  +--- new weights --+
+        |                |  +--- refused: the same weights once more
+        |          refused twice
+        |                v
         |               REFUSING   (waits for the next weights)
         +-- respawned -- DEAD  <-- died, hung, or lost its engine, from any state
 
-A worker that comes back from DEAD passes LOADING with the fleet's current weights before it
-serves. Nothing here runs in the background: the owner calls :meth:`Fleet.wait`, which advances
-the workers and returns what has arrived.
+A worker that refuses weights (a corrupt tensor, a probe that disagrees) is given them once more,
+since what spoilt them may have been passing; its confirmation says so. A worker that comes back
+from DEAD passes LOADING with the fleet's current weights before it serves. Nothing here runs in
+the background: the owner calls :meth:`Fleet.wait`, which advances the workers and returns what
+has arrived.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import enum
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +37,7 @@ from actors.config import RolloutConfig
 from actors.environment import engine_environment
 from actors.generation import EngineLost
 from actors.rollout_actor import EngineInfo, RolloutActor
-from actors.weights import UpdateConfirmation, WeightError, WeightUpdate
+from actors.weights import UpdateConfirmation, WeightError, WeightMismatch, WeightUpdate
 
 
 class State(enum.Enum):
@@ -53,6 +56,7 @@ class Worker:
         name: Also the actor's name in Ray's dashboard.
         pending: What STARTING or LOADING waits for, until ``deadline`` (monotonic seconds).
         loading: The update that it was last given.
+        refusal: Why it refused that update the first time; empty if it did not.
         failures: Deaths since it last came to SERVING.
         reason: Why it is DEAD or REFUSING.
     """
@@ -66,6 +70,7 @@ class Worker:
     reason: str = "not started"
     info: EngineInfo | None = None
     loading: WeightUpdate | None = None
+    refusal: str = ""
     confirmation: UpdateConfirmation | None = None
     error: Exception | None = field(default=None, repr=False)
 
@@ -164,7 +169,8 @@ class Fleet:
         """Load ``update`` into every worker; all serve it afterwards, or an error is raised.
 
         Raises:
-            WeightError: a worker refused it. Those that refuse do so until the next good update.
+            WeightError: a worker refused it twice. Those that refuse do so until the next good
+                update.
             TimeoutError: a worker did not confirm within ``update_timeout_s``.
         """
         self.version, self.update = update.version, update
@@ -213,9 +219,10 @@ class Fleet:
         worker.pending = worker.handle.start.remote()
         worker.deadline = time.monotonic() + config.start_timeout_s
 
-    def _load(self, worker: Worker) -> None:
+    def _load(self, worker: Worker, refusal: str = "") -> None:
+        """Give a worker the current weights; ``refusal`` is why it has refused them before."""
         worker.state, worker.confirmation = State.LOADING, None
-        worker.loading = self.update
+        worker.loading, worker.refusal = self.update, refusal
         worker.pending = worker.handle.load.remote(self.update)
         worker.deadline = time.monotonic() + self._config.update_timeout_s
 
@@ -235,14 +242,14 @@ class Fleet:
             if isinstance(cause, WeightError) and outdated:
                 self._load(worker)
             elif isinstance(cause, WeightError):
-                worker.state, worker.reason = State.REFUSING, str(cause)
+                self._refused(worker, cause)
             else:
                 self.lose(worker, f"{worker.name}: {cause}", cause)
         else:
             if starting:
                 worker.info = self.info = answer
             else:
-                worker.confirmation = answer
+                worker.confirmation = replace(answer, refusal=worker.refusal)
             if self.update is not None and (starting or outdated):
                 self._load(worker)
             elif starting and self.version != 0:
@@ -253,6 +260,14 @@ class Fleet:
                 )
             else:
                 worker.state, worker.reason, worker.failures = State.SERVING, "", 0
+
+    def _refused(self, worker: Worker, error: WeightError) -> None:
+        """Give the same weights once more; stop at the second refusal."""
+        if not worker.refusal and not isinstance(error, WeightMismatch):
+            self._load(worker, refusal=str(error))
+            return
+        twice = "twice: " if worker.refusal else ""
+        worker.state, worker.reason = State.REFUSING, f"{twice}{error}"
 
     def _overdue(self, worker: Worker) -> None:
         config = self._config

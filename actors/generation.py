@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 from actors.trajectory import Float32Array, Int32Array
 from actors.weights import Probe, UpdateConfirmation, WeightUpdate
 
+UNKNOWN_VERSION = -1
+
 # vLLM's weight-transfer interface, in the order in which a trainer calls it.
 ControlCall = Literal[
     "init_weight_transfer_engine",
@@ -44,7 +46,8 @@ class Completion:
         token_ids: ``[R]`` with the EOS token when one was sampled.
         logprobs: ``[R]`` log-probability of each id at the sampling temperature; at
             temperature 1 for greedy ones.
-        version: Weight version that produced it.
+        versions: ``[R]`` weight version that each token was sampled with, as the engine labels it;
+            ``UNKNOWN_VERSION`` where it gave no label.
         text: Decoded without special tokens; engines leave it empty, actors fill it in.
     """
 
@@ -52,7 +55,7 @@ class Completion:
     token_ids: Int32Array
     logprobs: Float32Array
     finish_reason: Literal["stop", "length"]
-    version: int
+    versions: Int32Array
     text: str = ""
 
 
@@ -114,9 +117,10 @@ class Engine(Protocol):
         """Make ``update``, whose tensors must be here, the weights that are generated from.
 
         Raises:
-            WeightError: a tensor is corrupt or of another architecture (the engine keeps its old
-                weights but refuses to generate), or the probe disagrees by more than
-                ``tolerance`` nats. Either way a good update mends it.
+            WeightMismatch: the update is of another architecture; nothing was touched.
+            WeightError: a tensor is corrupt, or the probe disagrees by more than ``tolerance``
+                nats; the message names the tensors. In every case the engine refuses to generate
+                until a good update mends it.
             RuntimeError: requests are in flight.
             EngineLost: loading failed halfway.
         """

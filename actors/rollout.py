@@ -147,8 +147,9 @@ class RolloutPool:
         """Make every actor generate from ``update``, verified and proved by its probe.
 
         Raises:
-            WeightError: a tensor is corrupt or of another architecture, or the probe disagrees.
-                Actors that refuse generate again after the next good update.
+            WeightError: the update is of another architecture, or an actor was given it twice
+                and each time found a corrupt tensor or a probe that disagrees. Actors that
+                refuse generate again after the next good update.
             TimeoutError: an actor did not confirm within ``update_timeout_s``.
             RuntimeError: samples are in flight, or an actor keeps dying.
         """

@@ -97,6 +97,11 @@ class Trajectory:
                 f"sample {self.sample_id}: the engine gave a log-probability of "
                 f"{self.response_logprobs.max():g}, which no probability has"
             )
+        if int(self.policy_versions.min()) < 0:
+            raise ValueError(
+                f"sample {self.sample_id}: the engine did not say which weight version sampled"
+                f" token {int(np.argmin(self.policy_versions))} of the response"
+            )
 
     @property
     def sample_id(self) -> str:

@@ -14,6 +14,7 @@ then every actor of a node reads the same pages. bfloat16, which NumPy lacks, tr
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,10 @@ _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF
 
 class WeightError(RuntimeError):
     """A weight update that must not be used; the message names the tensor or the probe's error."""
+
+
+class WeightMismatch(WeightError):
+    """An update of another architecture, which sending it again cannot mend."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,12 +91,15 @@ class WeightUpdate:
         manifest: What each tensor must be on arrival, by Hugging Face parameter name.
         tensors: The tensors by name, or the Ray object (an ``ObjectRef``) that holds them.
         probe: What the engine must reproduce; ``None`` only for weights without a learner.
+        seconds_checksum, seconds_probe: What verifying cost where the update was made.
     """
 
     version: int
     manifest: Mapping[str, TensorInfo]
     tensors: Any
     probe: Probe | None
+    seconds_checksum: float = 0.0
+    seconds_probe: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -126,6 +134,8 @@ class UpdateConfirmation:
         seconds_verify: Fetching the tensors and checking their checksums.
         seconds_load: Handing them to vLLM.
         seconds_probe: Computing the probe's log-probabilities.
+        refusal: Why the actor refused the update the first time, when it had to be given it
+            twice; else empty.
     """
 
     actor: str
@@ -135,6 +145,7 @@ class UpdateConfirmation:
     seconds_verify: float
     seconds_load: float
     seconds_probe: float
+    refusal: str = ""
 
     @property
     def seconds(self) -> float:
@@ -156,6 +167,7 @@ def pack_weights(
     Raises:
         ValueError: two tensors of one name, or none at all.
     """
+    started = time.perf_counter()
     tensors: dict[str, Array] = {}
     manifest: dict[str, TensorInfo] = {}
     for name, tensor in named_tensors:
@@ -168,7 +180,13 @@ def pack_weights(
         )
     if not tensors:
         raise ValueError(f"weight update {version} holds no tensors")
-    return WeightUpdate(version=version, manifest=manifest, tensors=tensors, probe=probe)
+    return WeightUpdate(
+        version=version,
+        manifest=manifest,
+        tensors=tensors,
+        probe=probe,
+        seconds_checksum=time.perf_counter() - started,
+    )
 
 
 def tensors_of(update: WeightUpdate) -> dict[str, torch.Tensor]:
@@ -275,18 +293,18 @@ def require_same_shapes(
         optional: Names that may come in addition or be absent (a tied ``lm_head.weight``).
 
     Raises:
-        WeightError: a tensor is missing, unknown, or of another shape.
+        WeightMismatch: a tensor is missing, unknown, or of another shape.
     """
     skip = set(optional)
     sent = {name: info.shape for name, info in update.manifest.items()}
     where = f"weight update {update.version} is not of the engine's architecture"
     if missing := expected.keys() - sent.keys() - skip:
-        raise WeightError(f"{where}: it lacks {_some(missing)}")
+        raise WeightMismatch(f"{where}: it lacks {_some(missing)}")
     if unknown := sent.keys() - expected.keys() - skip:
-        raise WeightError(f"{where}: the model has no {_some(unknown)}")
+        raise WeightMismatch(f"{where}: the model has no {_some(unknown)}")
     for name in expected.keys() & sent.keys():
         if sent[name] != expected[name]:
-            raise WeightError(
+            raise WeightMismatch(
                 f"{where}: {name!r} is {list(sent[name])}, the model has {list(expected[name])}"
             )
 

@@ -7,6 +7,7 @@ minutes apart in one run hardly does. So every benchmark ends with a ratio.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import statistics
 import subprocess
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
 from actors.config import EngineConfig, RolloutConfig, SamplingConfig
 from actors.prompts import PromptStream
 from actors.trajectory import Prompt, SampleFailure
 from cluster.config import RunConfig
 from cluster.progress import Reporter
-from cluster.session import Session
+from cluster.session import Parts, Session
 from cluster.stop import StopRequest
 from cluster.train import PROBE_SEQUENCES, PROBE_TOKENS, Sample, train
 from learner.config import LearnersConfig, OptimizerConfig, PPOConfig
@@ -33,6 +35,7 @@ from reward_service.config import RewardConfig, RewardServiceConfig, RewardTerm
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
 PHASES = ("generate", "learn", "broadcast")
+WARM_UP_UPDATES, UPDATES_PER_REPEAT = 4, 5
 
 
 def run_benchmark(what: str, *, as_json: bool, repeats: int) -> None:
@@ -82,35 +85,56 @@ def bench_ppo(place: Path, repeats: int) -> dict[str, Any]:
         "floor_settings": floor["settings"],
         "response_tokens_per_second": _median(steps, "tokens/per_second"),
         "engine_delta_mean_max": max(s["ppo/engine_delta_mean"] for s in steps),
+        "verify_share": _median(steps, "weights/verify_share"),
+        "seconds_checksum": _median(steps, "weights/seconds_checksum"),
+        "seconds_probe": _median(steps, "weights/seconds_probe"),
         "bf16_autocast": bf16,
         "iterations": len(steps),
     }
 
 
 def bench_weights(place: Path, repeats: int) -> dict[str, Any]:
-    """A verified weight update of a 25-million-parameter model against copying its bytes."""
+    """A verified weight update of a 25-million-parameter model against copying its bytes.
+
+    Updates and copies take turns, so that whatever else the machine does slows both. The first
+    updates of a run are slower, as the object store and the engine take memory that they keep:
+    they are reported by ``ratio_first``, and warmed up past before anything else is measured.
+    """
     model, _ = build_models(place, hidden=512, layers=8)
     config = _bench_config(place, model, None, steps=1, bf16=False)
     reporter = Reporter()
-    updates, copies, exports = [], [], []
+    rows: list[dict[str, float]] = []
     with Session(config, reporter, StopRequest(reporter.say)) as session:
         parts = session.parts(model, config.reward.terms, lambda: _learners(config, model, None))
         probe = [p.token_ids.tolist()[-PROBE_TOKENS:] for p in random_prompts()[:PROBE_SEQUENCES]]
-        for version in range(1, repeats + 2):
-            started = time.perf_counter()
-            update = parts.learners.export_weights(version, probe)
-            exports.append(time.perf_counter() - started)
-            parts.rollouts.load(update)
-            updates.append(time.perf_counter() - started)
-            size = update.nbytes
-            copies.append(_copy_seconds(size))
-    ratios = [u / c for u, c in zip(updates[1:], copies[1:], strict=True)]
+        for version in range(1, 1 + WARM_UP_UPDATES + UPDATES_PER_REPEAT * repeats):
+            rows.append(_time_update(parts, version, probe))
+    ratios = [row["update"] / row["copy"] for row in rows]
+    steady = rows[WARM_UP_UPDATES:]
     return {
-        "ratio_to_copy": statistics.median(ratios),
-        "megabytes": size / 1e6,
-        "seconds_update": statistics.median(updates[1:]),
-        "seconds_export": statistics.median(exports[1:]),
-        "seconds_copy": statistics.median(copies[1:]),
+        "ratio_to_copy": statistics.median(ratios[WARM_UP_UPDATES:]),
+        "ratio_first": ratios[0],
+        **{f"seconds_{part}": _median(steady, part) for part in rows[0]},
+        "updates": len(steady),
+    }
+
+
+def _time_update(parts: Parts, version: int, probe: list[list[int]]) -> dict[str, float]:
+    """Seconds of one update and its parts, and of copying the same bytes into fresh memory."""
+    started = time.perf_counter()
+    update = parts.learners.export_weights(version, probe)
+    exported = time.perf_counter()
+    (confirmation,) = parts.rollouts.load(update)
+    done = time.perf_counter()
+    return {
+        "update": done - started,
+        "copy": _copy_seconds(ray.get(update.tensors)),
+        "export": exported - started,
+        "export_checksum": update.seconds_checksum,
+        "export_probe": update.seconds_probe,
+        "verify": confirmation.seconds_verify,
+        "load": confirmation.seconds_load,
+        "probe": confirmation.seconds_probe,
     }
 
 
@@ -219,6 +243,7 @@ def _run_steps(
             measure=lambda _: {},
             stop=lambda: False,
             progress=lambda *_: None,
+            warn=reporter.warn,
         )
     return log.steps
 
@@ -305,12 +330,18 @@ def _bare(what: str, place: Path, request: dict[str, Any], threads: int) -> dict
     return answer
 
 
-def _copy_seconds(size: int) -> float:
-    """Copying ``size`` bytes into memory that has never been touched."""
-    source = np.ones(size, np.uint8)
-    started = time.perf_counter()
-    source.copy()
-    return time.perf_counter() - started
+def _copy_seconds(tensors: Mapping[str, np.ndarray[Any, Any]]) -> float:
+    """Copying tensors, one after the other, into memory that has never been touched."""
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with mmap.mmap(-1, size) as memory:
+        fresh = np.frombuffer(memory, np.uint8)
+        started, at = time.perf_counter(), 0
+        for tensor in tensors.values():
+            fresh[at : at + tensor.nbytes] = tensor.reshape(-1).view(np.uint8)
+            at += tensor.nbytes
+        seconds = time.perf_counter() - started
+        del fresh  # a mapping that is looked at cannot be closed
+    return seconds
 
 
 def _median(steps: Sequence[Mapping[str, float]], name: str) -> float:

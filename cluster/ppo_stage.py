@@ -169,6 +169,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
             stop=work.stop,
             progress=bar.update,
             retry=config.reward.retry,
+            warn=work.reporter.warn,
         )
         if not finished:
             log.checkpoint()

@@ -20,6 +20,7 @@ from actors.config import SamplingConfig
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
 from actors.trajectory import Prompt, SampleFailure, Trajectory
+from cluster.drift_watch import DriftWatch, weight_metrics
 from learner.batch import build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
@@ -29,8 +30,9 @@ from reward_service.score import Score
 from reward_service.scoring import score_stream
 
 PROBE_SEQUENCES = 2
-PROBE_TOKENS = 16
-"""Enough to show a stale or misplaced tensor, which moves every log-probability, and cheap."""
+PROBE_TOKENS = 8
+"""Enough to show a stale or misplaced tensor, which moves every log-probability, and cheap: of
+each step's full sequences the log-probabilities are compared anyway when they are learned from."""
 
 Measure = Callable[[Trajectory], Mapping[str, float]]
 """Figures about a sample that are recorded but never trained on (true quality)."""
@@ -132,6 +134,7 @@ def train(
     measure: Measure,
     stop: Callable[[], bool],
     progress: Callable[[int, int, Mapping[str, float]], None],
+    warn: Callable[[str], None],
     retry: RetryConfig | None = None,
 ) -> bool:
     """Run PPO from ``log.next_step`` to ``config.steps``.
@@ -140,6 +143,7 @@ def train(
         True when all steps are done, False when ``stop`` asked to end early. A step that was
         under way is then given up: it is generated again, from the same seeds, on resume.
     """
+    watch = DriftWatch(config.drift_limits, warn)
     for number in range(log.next_step, config.steps):
         batch_of_prompts = prompts.batch(number)
         step = Step(submitted=sample_ids(batch_of_prompts, sampling.samples_per_prompt))
@@ -163,9 +167,13 @@ def train(
         with step.timed("learn"):
             metrics = learners.update(batch)
         step.check_learned(metrics)
+        watch.check(number, metrics)
         with step.timed("broadcast"):
-            rollouts.load(learners.export_weights(number + 1, probe_sequences(step.samples)))
+            update = learners.export_weights(number + 1, probe_sequences(step.samples))
+            confirmations = rollouts.load(update)
+        watch.loaded(confirmations)
         metrics = {**metrics, **describe(step)}
+        metrics |= weight_metrics(update, confirmations, metrics["seconds/step"])
         log.finish_step(number, metrics, step.samples)
         progress(number + 1, config.steps, watched(metrics))
     return True

@@ -5,7 +5,10 @@ Only learner 0 writes, since all learners hold the same; every learner reads.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +49,24 @@ class PPOLearnerActor(PPOLearner):
         With ``publish`` the tensors go to the object store straight from here. Without, they are
         views of the parameters, valid until the next update.
         """
-        probe = None
-        if probe_sequences:
-            logprobs = self.sequence_logprobs(probe_sequences)
-            probe = Probe(token_ids=[list(s) for s in probe_sequences], logprobs=logprobs)
-        update = pack_weights(self._exported_tensors(), version, probe)
-        return update.publish() if publish else update
+        update = pack_weights(self._exported_tensors(), version, probe=None)
+        if not publish:
+            return self._with_probe(update, probe_sequences)
+        # Copying waits for memory and the probe computes: side by side they take as long as one.
+        with ThreadPoolExecutor(1, thread_name_prefix="publish") as executor:
+            published = executor.submit(update.publish)
+            update = self._with_probe(update, probe_sequences)
+            return replace(update, tensors=published.result().tensors)
+
+    def _with_probe(
+        self, update: WeightUpdate, probe_sequences: Sequence[Sequence[int]]
+    ) -> WeightUpdate:
+        if not probe_sequences:
+            return update
+        started = time.perf_counter()
+        logprobs = self.sequence_logprobs(probe_sequences)
+        probe = Probe(token_ids=[list(s) for s in probe_sequences], logprobs=logprobs)
+        return replace(update, probe=probe, seconds_probe=time.perf_counter() - started)
 
     def _exported_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters once each: a tied output layer goes by the name of its embedding."""
@@ -64,9 +79,11 @@ class PPOLearnerActor(PPOLearner):
     # ---- log-probabilities -----------------------------------------------------------------
 
     @torch.no_grad()
-    def sequence_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Float32Array]:
-        """For each sequence, the log-probabilities ``[T - 1]`` of ids 1, 2, ... in float32, at
-        temperature 1 and without autocast."""
+    def sequence_logprobs(
+        self, sequences: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[Float32Array]:
+        """For each sequence, the log-probabilities ``[T - 1]`` of ids 1, 2, ... in float32,
+        without autocast."""
         lengths = np.array([len(s) for s in sequences], np.int32)
         if not len(lengths):
             return []
@@ -79,7 +96,7 @@ class PPOLearnerActor(PPOLearner):
         budget = self.ppo.tokens_per_micro_batch
         for group in micro_batches(np.arange(len(sequences)), lengths, budget):
             inputs = self._inputs(take_rows(group, ids, prompts, rests, width))
-            values = token_logprobs(self.policy_model, inputs, temperature=1.0)[0]
+            values = token_logprobs(self.policy_model, inputs, temperature)[0]
             result.reshape(-1)[inputs["slots"].cpu().numpy()] = values.cpu().numpy()
         return [result[row, : rests[row]] for row in range(len(sequences))]
 

@@ -132,6 +132,43 @@ class LearnersConfig(StrictConfig):
     timeout_s: float = Field(600.0, gt=0, description="deadline of one update")
 
 
+class DriftConfig(StrictConfig):
+    """How far the engine's log-probabilities may be from the learner's, over a step's tokens.
+
+    They are computed twice from the same weights, so all that may differ is rounding. The defaults
+    suit float32 on both sides (typically 1e-6 on average); bfloat16 on either side rounds to about
+    0.01 nats on average and half a nat at worst (``BFLOAT16_DRIFT``).
+    """
+
+    warn_mean: float | None = Field(
+        1e-4, gt=0, description="mean |Δ log p|, nats; null never warns"
+    )
+    abort_mean: float | None = Field(1e-2, gt=0, description="mean |Δ log p| that stops the run")
+    warn_max: float | None = Field(1e-2, gt=0, description="largest |Δ log p|, nats")
+    abort_max: float | None = Field(1.0, gt=0)
+    warn_sample_size: float | None = Field(
+        0.99, gt=0, le=1, description="effective sample size, share of the tokens: warns below"
+    )
+    abort_sample_size: float | None = Field(0.9, gt=0, le=1)
+    warn_correlation: float | None = Field(
+        0.999, gt=0, le=1, description="Pearson correlation of both log-probabilities: warns below"
+    )
+    abort_correlation: float | None = Field(0.9, gt=0, le=1)
+
+
+FLOAT32_DRIFT = DriftConfig()
+BFLOAT16_DRIFT = DriftConfig(
+    warn_mean=0.05,
+    abort_mean=0.3,
+    warn_max=1.0,
+    abort_max=5.0,
+    warn_sample_size=0.95,
+    abort_sample_size=0.5,
+    warn_correlation=0.98,
+    abort_correlation=0.7,
+)
+
+
 class PPOConfig(StrictConfig):
     """PPO for language models. Numbers in brackets refer to the implementation details of
     arXiv 2403.17031 and of 'The N Implementation Details of RLHF with PPO'."""
@@ -165,6 +202,11 @@ class PPOConfig(StrictConfig):
     critic_from_reward_model: bool = True
     tokens_per_micro_batch: int = Field(8192, ge=1, description="padded tokens held at once")
     bf16: bool = Field(False, description="bfloat16 autocast in forward and backward")
+    drift: DriftConfig | None = Field(
+        None,
+        description="thresholds of engine against learner; default: for float32, or with bf16 for"
+        " bfloat16. Set it when only rollout.engine.dtype is bfloat16",
+    )
     max_skipped_steps: int = Field(
         3, ge=0, description="optimizer steps in a row whose gradient is not finite before an error"
     )
@@ -177,3 +219,8 @@ class PPOConfig(StrictConfig):
         "reward/mean",
         description="the checkpoint whose step had most of this metric is kept as well",
     )
+
+    @property
+    def drift_limits(self) -> DriftConfig:
+        """The thresholds of drift that hold, by the learner's precision unless configured."""
+        return self.drift or (BFLOAT16_DRIFT if self.bf16 else FLOAT32_DRIFT)

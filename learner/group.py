@@ -100,12 +100,17 @@ class PPOLearners:
         )[0]
         return update
 
-    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[Float32Array]:
+    def logprobs(
+        self, sequences: Sequence[Sequence[int]], temperature: float = 1.0
+    ) -> list[Float32Array]:
         """The policy's log-probabilities ``[T - 1]`` of ids 1, 2, ... of each sequence, in
-        float32 at temperature 1. Every learner computes a share."""
+        float32 whatever ``ppo.bf16`` is. Every learner computes a share."""
         if any(len(sequence) < 2 for sequence in sequences):
             raise ValueError("log-probabilities need sequences of at least two ids")
-        shares = [{"sequences": sequences[i :: self.learners]} for i in range(self.learners)]
+        shares = [
+            {"sequences": sequences[i :: self.learners], "temperature": temperature}
+            for i in range(self.learners)
+        ]
         answers = self._call("sequence_logprobs", shares)
         return [answers[i % self.learners][i // self.learners] for i in range(len(sequences))]
 

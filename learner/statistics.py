@@ -53,6 +53,7 @@ def batch_metrics(
         "engine_delta_max": delta.abs().max(),
         # Share of the sample that is left when engine and learner disagree: 1 when they agree.
         "effective_sample_size": weights.sum() ** 2 / (weights**2).sum() / mask.sum(),
+        "engine_correlation": correlation(notes.old_logprobs[mask], engine[mask]),
     }
     metrics = {f"ppo/{name}": float(value) for name, value in figures.items()}
     metrics["ppo/eos_rate"] = float(batch.stopped.mean())
@@ -60,6 +61,25 @@ def batch_metrics(
     metrics["ppo/samples"] = float(len(batch))
     metrics["ppo/tokens"] = float(batch.response_tokens)
     return metrics
+
+
+# Standard deviation of log-probabilities, in nats, below which they are all alike: rounding would
+# decide their correlation.
+_ALL_ALIKE = 1e-3
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation of two ``[N]``, in float64.
+
+    Two tensors that do not vary (a policy that is certain of every token) correlate perfectly;
+    one that varies with one that does not, not at all.
+    """
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    spread_a, spread_b = a.square().mean().sqrt(), b.square().mean().sqrt()
+    alike = [float(spread) < _ALL_ALIKE for spread in (spread_a, spread_b)]
+    if any(alike):
+        return torch.tensor(float(all(alike)), dtype=torch.float64)
+    return (a * b).mean() / (spread_a * spread_b)
 
 
 class TokenSums:
@@ -103,7 +123,8 @@ class TokenSums:
         stacked = torch.stack([self._sums[name] for name in names])
         dist.all_reduce(stacked, group=group)
         self._sums.update(zip(names, stacked.unbind(), strict=True))
-        dist.all_reduce(self.ratio_max, op=dist.ReduceOp.MAX, group=group)
+        for largest in (self.ratio_max, self.log_ratio_max):
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
 
     def metrics(self, module: str) -> dict[str, float]:
         """Means over all tokens of all optimizer steps; norms over the steps that were taken."""
@@ -113,6 +134,7 @@ class TokenSums:
         }
         if self.first_log_ratio_max is not None:
             metrics["ppo/ratio_max"] = float(self.ratio_max)
+            metrics["ppo/log_ratio_max"] = float(self.log_ratio_max)
             metrics["ppo/first_log_ratio_max"] = self.first_log_ratio_max
         finite = [norm for norm in self.norms if math.isfinite(norm)]
         metrics[f"ppo/grad_norm_{module}"] = sum(finite) / len(finite) if finite else 0.0

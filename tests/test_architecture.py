@@ -74,7 +74,16 @@ def test_a_violation_is_seen() -> None:
     ("library", "homes"),
     [
         # The benchmark's floor is bare vLLM, by definition.
-        ("vllm", ("actors/engine.py", "actors/weight_transfer.py", "cluster/bench_floor.py")),
+        (
+            "vllm",
+            (
+                "actors/engine.py",
+                "actors/weight_transfer.py",
+                # Looks into vLLM's modules, and only when a probe disagrees.
+                "actors/weight_diagnosis.py",
+                "cluster/bench_floor.py",
+            ),
+        ),
         ("ray.serve", ("reward_service/",)),
         ("ray.rllib", ("learner/",)),
     ],

@@ -46,6 +46,7 @@ class Log:
         self.next_step = 0
         self.steps: list[Mapping[str, float]] = []
         self.versions: list[set[int]] = []
+        self.warnings: list[str] = []
 
     def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None:
         assert not failures
@@ -97,6 +98,7 @@ def run(pool: RolloutPool, model: Path, seed: int) -> Log:
             measure=lambda _: {},
             stop=lambda: False,
             progress=lambda *_: None,
+            warn=log.warnings.append,
         )
     return log
 
@@ -113,12 +115,20 @@ def test_ppo_learns_and_the_engine_agrees_with_the_learner(
     assert log.versions == [{step} for step in range(STEPS)]
     for metrics in log.steps:
         assert metrics["ppo/engine_delta_mean"] < 1e-4
+        assert metrics["ppo/effective_sample_size"] > 0.999
+        assert metrics["ppo/engine_correlation"] > 0.9999
+        assert 0 < metrics["weights/probe_error_max"] < 1e-4
+        assert metrics["weights/reloads"] == 0
+        assert metrics["weights/megabytes"] == pytest.approx(131_392 * 4 / 1e6)
+        assert 0 < metrics["weights/seconds_checksum"] < metrics["seconds/broadcast"]
+        assert 0 < metrics["weights/verify_share"] < 1
         assert metrics["ppo/first_log_ratio_max"] == 0.0
         assert metrics["samples/submitted"] == 128
         assert metrics["samples/submitted"] == (
             metrics["samples/trained"] + metrics["samples/filtered"] + metrics["samples/failed"]
         )
     assert log.steps[0]["ppo/kl_sequence"] == pytest.approx(0.0, abs=1e-5)
+    assert log.warnings == []
 
 
 def test_a_step_with_too_few_good_samples_stops_the_run() -> None:

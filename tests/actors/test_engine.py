@@ -181,7 +181,26 @@ def test_samples_carry_the_log_probabilities_they_were_sampled_with(box: Box) ->
             ids = [*asked.token_ids, *completion.token_ids]
             expected = box.reference(ids, temperature)[len(asked.token_ids) - 1 :]
             np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
-            assert completion.version == 4
+            assert completion.versions.tolist() == [4] * len(completion.token_ids)
+
+
+def test_a_version_travels_with_every_token(tied: Box) -> None:
+    tied.load(tied.train(16))
+
+    def command(engine: VLLMEngine) -> list[int]:
+        engine.add(request("r", SEQUENCES[0], max_new_tokens=9, temperature=0.0))
+        done: list[Completion] = []
+        for _ in range(3):
+            done += engine.step()
+        engine._llm.set_weight_version("17")  # as if new weights came in between two steps
+        while engine.busy:
+            done += engine.step()
+        engine._llm.set_weight_version("16")
+        return done[0].versions.tolist()
+
+    versions = tied.run(command)
+    assert versions[:3] == [16] * 3
+    assert set(versions[3:]) == {17}
 
 
 def test_greedy_takes_the_likeliest_token(box: Box) -> None:
@@ -384,11 +403,89 @@ def test_the_probe_catches_a_stale_head_that_checksums_do_not_show(tied: Box) ->
 
     with pytest.raises(
         WeightError, match=r"version 10 is not what the learner has.* allowed 0.001"
-    ):
+    ) as refused:
         tied.run(without_repair)
+    assert (
+        "the engine does not compute with the tensors that it was sent:"
+        " 'model.embed_tokens.weight' as the tied output layer 'lm_head' by up to"
+    ) in str(refused.value)
     with pytest.raises(WeightError, match="does not generate"):
         tied.sample([request("a", SEQUENCES[0])])
     assert tied.load(update).probe_max_error < 1e-4
+
+
+def spoil(engine: VLLMEngine, name: str, update: WeightUpdate) -> Any:
+    """Load ``update``; one element of tensor ``name`` goes wrong behind the checksums."""
+    from actors.weight_transfer import NcclTransfer, ObjectStoreTransfer
+
+    backend: Any = NcclTransfer if engine._padding else ObjectStoreTransfer
+    receive = backend.receive_weights
+
+    def spoilt(self: Any, update_info: Any) -> None:
+        tensors = dict(update_info.tensors)
+        tensors[name] = tensors[name].clone()
+        tensors[name].view(-1)[0] += 4.0
+        receive(self, replace(update_info, tensors=tensors))
+
+    backend.receive_weights = spoilt
+    try:
+        return engine.load(update, 1e-3)
+    finally:
+        backend.receive_weights = receive
+
+
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        ("untied", "model.layers.1.mlp.down_proj.weight"),
+        ("untied", "model.layers.0.mlp.up_proj.weight"),  # the second half of a fused layer
+        ("untied", "model.layers.0.post_attention_layernorm.weight"),
+        ("untied", "lm_head.weight"),
+        ("narrow", "model.layers.0.self_attn.v_proj.weight"),  # the last third, padded
+        ("narrow", "model.layers.1.self_attn.o_proj.bias"),
+    ],
+)
+def test_a_probe_that_disagrees_names_the_one_tensor_at_fault(
+    boxes: dict[str, Box], which: str, name: str
+) -> None:
+    box = boxes[which]
+    update = box.train(13)
+    with pytest.raises(WeightError) as refused:
+        box.run(lambda engine: spoil(engine, name, update))
+    told = str(refused.value)
+    assert f"tensors that it was sent: '{name}' by up to 4 (its largest element" in told
+    assert told.count("by up to") == 2  # the probe's error, and this one tensor's
+    assert box.load(update).probe_max_error < 1e-4
+
+
+def test_an_embedding_that_changes_after_it_was_loaded_is_named(tied: Box) -> None:
+    update = tied.train(14)
+    tied.load(update)
+
+    def change(engine: VLLMEngine) -> None:
+        (weight,) = engine._llm.apply_model(lambda model: model.model.embed_tokens.weight)
+        weight.data[SEQUENCES[0][0], 3] += 1.0
+        assert update.probe is not None
+        engine.confirm(14, update.probe, 1e-3)
+
+    with pytest.raises(WeightError, match="version 14 is not what the learner has"):
+        tied.run(change)
+    found = tied.run(lambda engine: engine._diagnosis(tensors_of(update)))
+    assert "sent: 'model.embed_tokens.weight' by up to 1 (its largest" in found
+    tied.load(update)
+
+
+def test_when_every_tensor_is_right_the_diagnosis_says_so(tied: Box) -> None:
+    update = tied.train(15)
+    assert update.probe is not None
+    wrong = Probe(
+        token_ids=update.probe.token_ids,
+        logprobs=[x + np.float32(0.01) for x in update.probe.logprobs],
+    )
+    # 2 x (q k v o gate up down, two norms), embedding, last norm, and the tied output layer.
+    with pytest.raises(WeightError, match=r"all 21 tensors are in the engine as they were sent, "):
+        tied.load(replace(update, probe=wrong))
+    tied.load(update)
 
 
 def test_a_probe_of_nan_is_refused(tied: Box) -> None:

@@ -222,16 +222,76 @@ def test_weights_that_are_refused_stop_generation_until_good_ones_come(
     tensors = dict(ray.get(good.tensors))
     name = "model.layers.0.self_attn.q_proj.weight"
     tensors[name] = tensors[name] + np.float32(1e-6)
-    with pytest.raises(WeightError, match=f"update 2: tensor '{name}' is corrupt"):
+    with pytest.raises(WeightError, match=f"^twice: .*update 2: tensor '{name}' is corrupt"):
         pool.load(replace(good, tensors=tensors))
     with pytest.raises(WeightError, match="is corrupt"):
         pool.generate(PROMPTS, SAMPLING, run_seed=0, round_index=0)
     assert good.probe is not None
     wrong = Probe(token_ids=PROBED, logprobs=[x + np.float32(0.01) for x in good.probe.logprobs])
-    with pytest.raises(WeightError, match="version 2 is not what the learner has"):
+    with pytest.raises(WeightError, match=r"^twice: .*version 2 is not what the learner has"):
         pool.load(replace(good, probe=wrong))
-    assert {c.version for c in pool.load(good)} == {2}
+    confirmed = pool.load(good)
+    assert {c.version for c in confirmed} == {2}
+    assert {c.refusal for c in confirmed} == {""}
     assert len(generate(pool)) == 36
+
+
+SPOILT = "model.layers.1.self_attn.k_proj.weight"
+
+
+def spoil_loads(actor: Any, times: int) -> None:
+    """Runs in an actor: one tensor goes wrong behind the checksums in the next so many loads."""
+    from actors.weight_transfer import ObjectStoreTransfer
+
+    receive, left = ObjectStoreTransfer.receive_weights, [times]
+
+    def spoilt(self: Any, update_info: Any) -> None:
+        tensors = dict(update_info.tensors)
+        if left[0]:
+            left[0] -= 1
+            tensors[SPOILT] = tensors[SPOILT] * 2
+        receive(self, replace(update_info, tensors=tensors))
+
+    ObjectStoreTransfer.receive_weights = spoilt  # type: ignore[method-assign]
+
+
+def test_a_passing_fault_is_mended_by_loading_again_and_told(
+    pool: RolloutPool, learner: Any
+) -> None:
+    ray.get(pool.handles[1].__ray_call__.remote(spoil_loads, 1))
+    fine, mended = pool.load(ray.get(learner.train.remote(50)))
+    assert fine.refusal == ""
+    assert f"sent: '{SPOILT}' by up to" in mended.refusal
+    assert mended.probe_max_error < 1e-4
+    assert len(generate(pool)) == 36
+
+
+def test_a_lasting_fault_is_an_error_that_names_the_tensor(pool: RolloutPool, learner: Any) -> None:
+    ray.get(pool.handles[0].__ray_call__.remote(spoil_loads, 2))
+    update = ray.get(learner.train.remote(51))
+    with pytest.raises(WeightError, match=f"^twice: tested-0 does not.* sent: '{SPOILT}' by up"):
+        pool.load(update)
+    assert [worker.state for worker in pool._fleet.workers] == [State.REFUSING, State.SERVING]
+    assert {c.refusal for c in pool.load(update)} == {""}
+
+
+def relabel(actor: Any, version: int) -> None:
+    """Runs in an actor: vLLM labels what it samples with another weight version."""
+    actor._engine.call(lambda engine: engine._llm.set_weight_version(str(version))).result()
+
+
+def test_tokens_of_another_version_are_never_handed_out(pool: RolloutPool, learner: Any) -> None:
+    update = ray.get(learner.train.remote(52))
+    pool.load(update)
+    for handle in pool.handles:
+        ray.get(handle.__ray_call__.remote(relabel, 51))
+    records = list(pool.generate(PROMPTS[:1], SAMPLING, run_seed=3, round_index=0))
+    assert len(records) == 3
+    for record in records:
+        assert isinstance(record, SampleFailure)
+        assert "sampled with weight version 51, the pool serves version 52" in record.reason
+    pool.load(update)
+    assert all((t.policy_versions == 52).all() for t in generate(pool).values())
 
 
 def test_a_checkpoint_directory_can_be_loaded(

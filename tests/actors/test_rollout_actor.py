@@ -51,7 +51,7 @@ class CountingEngine:
                 token_ids=np.array([1], np.int32),
                 logprobs=np.zeros(1, np.float32),
                 finish_reason="stop",
-                version=0,
+                versions=np.zeros(1, np.int32),
             )
             for name in done
         ]

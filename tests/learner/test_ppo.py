@@ -141,6 +141,10 @@ def test_engine_differences_are_measured(tiny_llama: Path) -> None:
     agreed = learners.update(PPOBatch(**(columns | {"engine_logprobs": engine})))
     assert agreed["ppo/engine_delta_max"] < 1e-4
     assert agreed["ppo/effective_sample_size"] == pytest.approx(1.0, abs=1e-3)
+    assert agreed["ppo/engine_correlation"] == pytest.approx(1.0, abs=1e-6)
+    shuffled = learners.update(batch)  # whose engine log-probabilities are drawn at random
+    assert abs(shuffled["ppo/engine_correlation"]) < 0.5
+    assert shuffled["ppo/engine_delta_mean"] > 0.1
 
 
 def test_the_critic_starts_from_the_reward_model_with_gain_and_bias(
