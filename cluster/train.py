@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,10 +18,11 @@ import numpy as np
 from actors.config import SamplingConfig
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
-from actors.trajectory import SampleFailure, Trajectory
+from actors.trajectory import Prompt, SampleFailure, Trajectory
 from learner.batch import build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
+from learner.sample_filter import EXPLANATIONS, FilterReason, filter_reasons
 from reward_service.rewards import Reward, score_stream
 from reward_service.score import Score
 
@@ -45,11 +46,16 @@ class TrainingLog(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A trajectory with its score and measured figures."""
+    """A trajectory with its score and measured figures.
+
+    Attributes:
+        filtered: Why it is not trained on, or None.
+    """
 
     trajectory: Trajectory
     score: Score
     measured: Mapping[str, float]
+    filtered: FilterReason | None = None
 
 
 @dataclass
@@ -58,8 +64,17 @@ class Step:
 
     submitted: int
     samples: list[Sample] = field(default_factory=list)
+    filtered: list[Sample] = field(default_factory=list)
     failures: list[SampleFailure] = field(default_factory=list)
+    extra: int = 0
+    """Those of the submitted samples that were asked in place of filtered ones."""
+    extra_rounds: int = 0
+    extra_prompts: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> list[Sample]:
+        return self.samples + self.filtered
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -67,20 +82,49 @@ class Step:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
+    def set_aside(self, config: PPOConfig) -> None:
+        """Move the samples that ``config`` filters from ``samples`` to ``filtered``."""
+        reasons = filter_reasons(
+            [s.trajectory for s in self.samples], [s.score for s in self.samples], config
+        )
+        judged = [replace(s, filtered=reasons.get(s.trajectory.sample_id)) for s in self.samples]
+        self.samples = [sample for sample in judged if sample.filtered is None]
+        self.filtered += [sample for sample in judged if sample.filtered is not None]
+
+    def replacements(
+        self, prompts: PromptStream, number: int, config: PPOConfig, samples_per_prompt: int
+    ) -> list[Prompt]:
+        """One prompt for each group without spread that has not been replaced yet, to be asked
+        in a further round of step ``number``; none when there is to be no further round."""
+        rule = config.dynamic_sampling
+        if rule is None or self.extra_rounds == rule.max_extra_rounds:
+            return []
+        flat = {s.trajectory.prompt.prompt_id for s in self.filtered if s.filtered == "no_spread"}
+        found = prompts.replacements(number, self.extra_prompts, len(flat) - self.extra_prompts)
+        if found:
+            self.extra_rounds += 1
+            self.extra_prompts += len(found)
+            self.extra += len(found) * samples_per_prompt
+            self.submitted += len(found) * samples_per_prompt
+        return found
+
     def check_accounts(self, smallest_share: float) -> None:
-        """``submitted = trained + failed``, and enough of it trained.
+        """``submitted = trained + filtered + failed``, and enough of it trained.
+
+        Samples that were asked in place of filtered ones do not raise what is enough.
 
         Raises:
-            RuntimeError: Too many samples failed; names the most frequent reason.
+            RuntimeError: Too many samples failed or were filtered; names the most frequent reason.
         """
-        trained, failed = len(self.samples), len(self.failures)
-        assert self.submitted == trained + failed, (self.submitted, trained, failed)
-        if trained < smallest_share * self.submitted or not trained:
+        trained, lost = len(self.samples), len(self.filtered) + len(self.failures)
+        assert self.submitted == trained + lost, (self.submitted, trained, lost)
+        if trained < smallest_share * (self.submitted - self.extra) or not trained:
             reasons = [f"{f.stage}: {f.reason}" for f in self.failures]
-            common = max(set(reasons), key=reasons.count)
+            reasons += [EXPLANATIONS[s.filtered] for s in self.filtered if s.filtered]
+            common = max(sorted(set(reasons)), key=reasons.count)
             raise RuntimeError(
-                f"{failed} of {self.submitted} samples of this step failed, more than "
-                f"ppo.min_trained_share allows; most often because of {common}"
+                f"{lost} of {self.submitted} samples of this step failed or were filtered, more "
+                f"than ppo.min_trained_share allows; most often because of {common}"
             )
 
 
@@ -107,13 +151,14 @@ def train(
     for number in range(log.next_step, config.steps):
         step = Step(submitted=config.prompts_per_step * sampling.samples_per_prompt)
         with step.timed("generate"):
-            batch_of_prompts = prompts.batch(number)
-            answers = rollouts.generate(
-                batch_of_prompts, sampling, run_seed=seed, round_index=number
-            )
-            collect(step, score_stream(reward, answers), measure, stop)
-        if stop():
-            return False
+            asked = prompts.batch(number)
+            while asked:
+                answers = rollouts.generate(asked, sampling, run_seed=seed, round_index=number)
+                collect(step, score_stream(reward, answers), measure, stop)
+                if stop():
+                    return False
+                step.set_aside(config)
+                asked = step.replacements(prompts, number, config, sampling.samples_per_prompt)
         step.check_accounts(config.min_trained_share)
         batch = build_batch(
             [sample.trajectory for sample in step.samples],
@@ -125,7 +170,7 @@ def train(
         with step.timed("broadcast"):
             rollouts.load(learners.export_weights(number + 1, probe_sequences(step.samples)))
         metrics = {**metrics, **describe(step)}
-        log.finish_step(number, metrics, step.samples)
+        log.finish_step(number, metrics, step.scored)
         progress(number + 1, config.steps, watched(metrics))
     return True
 
@@ -161,15 +206,20 @@ def probe_sequences(samples: Sequence[Sample]) -> list[list[int]]:
 
 
 def describe(step: Step) -> dict[str, float]:
-    """Figures of a step that do not come from the learners."""
-    values = np.array([s.score.value for s in step.samples])
-    lengths = np.array([len(s.trajectory.response_ids) for s in step.samples])
-    ended = [s.trajectory.finish_reason == "stop" for s in step.samples]
+    """Figures of a step that do not come from the learners.
+
+    Rewards and responses are those of all scored samples, filtered ones included: what the policy
+    does must not look better because the bad is left out.
+    """
+    scored = step.scored
+    values = np.array([s.score.value for s in scored])
+    lengths = np.array([len(s.trajectory.response_ids) for s in scored])
+    ended = [s.trajectory.finish_reason == "stop" for s in scored]
     tokens = float(lengths.sum())
     figures: dict[str, float] = {
         "samples/submitted": step.submitted,
         "samples/trained": len(step.samples),
-        "samples/filtered": 0,
+        "samples/filtered": len(step.filtered),
         "samples/failed": len(step.failures),
         "reward/mean": float(values.mean()),
         "reward/std": float(values.std()),
@@ -181,11 +231,15 @@ def describe(step: Step) -> dict[str, float]:
         "tokens/response": tokens,
     }
     for group in ("components", "measured"):
-        names = sorted({name for s in step.samples for name in _figures(s, group)})
+        names = sorted({name for s in scored for name in _figures(s, group)})
         prefix = "reward/" if group == "components" else "measured/"
         for name in names:
-            found = [_figures(s, group)[name] for s in step.samples if name in _figures(s, group)]
+            found = [_figures(s, group)[name] for s in scored if name in _figures(s, group)]
             figures[f"{prefix}{name}"] = float(np.mean(found))
+    reasons = [sample.filtered for sample in step.filtered]
+    figures |= {f"samples/filtered_{r}": reasons.count(r) for r in sorted(set(reasons))}
+    if step.extra_rounds:
+        figures["samples/extra_rounds"] = step.extra_rounds
     figures |= {f"seconds/{phase}": value for phase, value in step.seconds.items()}
     total = sum(step.seconds.values())
     figures["seconds/step"] = total
@@ -221,5 +275,6 @@ def sample_row(sample: Sample) -> dict[str, Any]:
         "length": len(trajectory.response_ids),
         "finish_reason": trajectory.finish_reason,
         "policy_version": int(trajectory.policy_versions[-1]),
+        **({"filtered": sample.filtered} if sample.filtered else {}),
         **sample.measured,
     }
