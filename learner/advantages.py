@@ -170,8 +170,8 @@ def subtract_group_mean(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor
     """Rewards less the mean of their group, which is taken off at the last token.
 
     The baseline of REINFORCE++ with baseline (arXiv 2501.03262): ``R_i - mean(R)`` is what the
-    rewards of response i then sum to. Rewards without spread sum to exactly 0 where they stand on
-    one token; a group of one has itself as its mean.
+    rewards of response i then sum to. Where scores stand on the last tokens, a group whose rewards
+    are all equal, and a group of one, get exactly 0.
     """
     totals = sequence_rewards(rewards, mask)
     group = _Groups(groups)
