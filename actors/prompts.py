@@ -171,6 +171,19 @@ class PromptStream:
             indices = indices + self._order_of(epoch + 1)[:missing]
         return [self._prompts[i] for i in indices]
 
+    def replacements(self, step: int, start: int, count: int) -> list[Prompt]:
+        """``count`` prompts that a step may ask beyond its batch, from position ``start`` on.
+
+        Each step has a sequence of its own for this: every prompt that is not in its batch once,
+        in an order that depends on the seed and the step alone. So a resumed run asks what the
+        first would have asked, and the batches of later steps are not moved by it. At the end of
+        the sequence there are fewer than ``count``, or none.
+        """
+        held = {prompt.prompt_id for prompt in self.batch(step)}
+        others = [prompt for prompt in self._prompts if prompt.prompt_id not in held]
+        random.Random(f"replacements/{self._seed}/{step}").shuffle(others)
+        return others[start : start + count]
+
     def _shuffled(self, epoch: int) -> list[int]:
         order = list(range(len(self._prompts)))
         random.Random(f"prompts/{self._seed}/{epoch}").shuffle(order)

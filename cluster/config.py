@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from actors.config import DataConfig, RolloutConfig, SamplingConfig, StrictConfig
 from learner.config import (
+    GROUP_ESTIMATORS,
     LearnersConfig,
     PPOConfig,
     PretrainConfig,
@@ -78,6 +79,7 @@ class RunConfig(StrictConfig):
                     f"ppo.minibatches is {self.ppo.minibatches}, but a step has only {batch} "
                     "samples (ppo.prompts_per_step x sampling.samples_per_prompt)"
                 )
+            self._responses_fit(self.ppo)
         names = [term.name for term in self.reward.terms]
         if len(names) != len(set(names)):
             raise ValueError(f"reward.terms must have different names, got {names}")
@@ -94,6 +96,22 @@ class RunConfig(StrictConfig):
                 f"{self.sampling.max_new_tokens} is more than pretrain.context {context}"
             )
         return self
+
+    def _responses_fit(self, ppo: PPOConfig) -> None:
+        """What the advantages and the length penalty need of sampling."""
+        if ppo.advantage in GROUP_ESTIMATORS and self.sampling.samples_per_prompt < 2:
+            raise ValueError(
+                f"ppo.advantage {ppo.advantage!r} compares the responses to a prompt, but "
+                "sampling.samples_per_prompt is 1: set it to 2 or more (4 to 16 are usual), and "
+                "lower ppo.prompts_per_step if the step is to stay as large as it is"
+            )
+        limit = self.sampling.max_new_tokens
+        if ppo.length_penalty is not None and ppo.length_penalty.max_tokens > limit:
+            raise ValueError(
+                f"ppo.length_penalty.max_tokens is {ppo.length_penalty.max_tokens}, but no "
+                f"response is longer than sampling.max_new_tokens {limit}: set it to {limit} or "
+                "less"
+            )
 
     @property
     def base_model(self) -> Path:

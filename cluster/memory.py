@@ -67,7 +67,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     }
     if ppo is not None:
         # Policy and critic: weights, gradients and two moments each; the reference: weights.
-        states = weights * (9 if not ppo.shared_trunk else 5)
+        states = weights * (9 if ppo.has_critic else 5)
         parts["learners"] = max(1, config.learners.num_learners) * (
             LEARNER_GIB + states + logits + activations
         )

@@ -166,6 +166,18 @@ HEALTH: tuple[Panel, ...] = (
         lines=(("", ("samples/failed",)),),
     ),
     Panel(
+        title="Filtered samples",
+        explain="Scored but not trained on: cut off, or of a group whose rewards are all alike.",
+        lines=(("", ("samples/filtered",)),),
+    ),
+    Panel(
+        title="Groups without spread",
+        explain="Share of the trained prompts whose responses all got the same reward: a group"
+        " estimator learns nothing from them.",
+        lines=(("", ("ppo/groups_without_spread",)),),
+        percent=True,
+    ),
+    Panel(
         title="Throughput",
         explain="Response tokens generated, scored and learned from per second.",
         lines=(("", ("tokens/per_second",)),),

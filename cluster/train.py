@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from cluster.drift_watch import DriftWatch, weight_metrics
 from learner.batch import build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
+from learner.sample_filter import EXPLANATIONS, FilterReason, filter_reasons
 from reward_service.config import RetryConfig
 from reward_service.rewards import Reward
 from reward_service.score import Score
@@ -53,11 +54,16 @@ class TrainingLog(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A trajectory with its score and measured figures."""
+    """A trajectory with its score and measured figures.
+
+    Attributes:
+        filtered: Why it is not trained on, or None.
+    """
 
     trajectory: Trajectory
     score: Score
     measured: Mapping[str, float]
+    filtered: FilterReason | None = None
 
 
 @dataclass
@@ -68,10 +74,19 @@ class Step:
         submitted: The ``sample_id`` of every sample that was asked for.
     """
 
-    submitted: Sequence[str]
+    submitted: list[str]
     samples: list[Sample] = field(default_factory=list)
+    filtered: list[Sample] = field(default_factory=list)
     failures: list[SampleFailure] = field(default_factory=list)
+    extra: int = 0
+    """Those of the submitted samples that were asked in place of filtered ones."""
+    extra_rounds: int = 0
+    extra_prompts: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> list[Sample]:
+        return self.samples + self.filtered
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -79,29 +94,60 @@ class Step:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
+    def set_aside(self, config: PPOConfig) -> None:
+        """Move the samples that ``config`` filters from ``samples`` to ``filtered``."""
+        reasons = filter_reasons(
+            [s.trajectory for s in self.samples], [s.score for s in self.samples], config
+        )
+        judged = [replace(s, filtered=reasons.get(s.trajectory.sample_id)) for s in self.samples]
+        self.samples = [sample for sample in judged if sample.filtered is None]
+        self.filtered += [sample for sample in judged if sample.filtered is not None]
+
+    def replacements(
+        self, prompts: PromptStream, number: int, config: PPOConfig, samples_per_prompt: int
+    ) -> list[Prompt]:
+        """One prompt for each group without spread that has not been replaced yet, to be asked
+        in a further round of step ``number``; none when there is to be no further round."""
+        rule = config.dynamic_sampling
+        if rule is None or self.extra_rounds == rule.max_extra_rounds:
+            return []
+        flat = {s.trajectory.prompt.prompt_id for s in self.filtered if s.filtered == "no_spread"}
+        found = prompts.replacements(number, self.extra_prompts, len(flat) - self.extra_prompts)
+        if found:
+            self.extra_rounds += 1
+            self.extra_prompts += len(found)
+            ids = sample_ids(found, samples_per_prompt)
+            self.extra += len(ids)
+            self.submitted += ids
+        return found
+
     def check_accounts(self, smallest_share: float) -> None:
-        """``submitted = trained + failed``, sample by sample, and enough of it trained.
+        """``submitted = trained + filtered + failed``, sample by sample, and enough of it trained.
+
+        Samples that were asked in place of filtered ones do not raise what is enough.
 
         Raises:
-            RuntimeError: A sample was lost or came twice, or too many samples failed; names the
-                sample or the most frequent reason.
+            RuntimeError: A sample was lost or came twice, or too many samples failed or were
+                filtered; names the sample or the most frequent reason.
         """
-        found = Counter(s.trajectory.sample_id for s in self.samples)
+        found = Counter(s.trajectory.sample_id for s in self.scored)
         found.update(f.sample_id for f in self.failures)
         if found != Counter(self.submitted):
             wrong = sorted((found - Counter(self.submitted)) | (Counter(self.submitted) - found))
             raise RuntimeError(
                 f"the accounts of this step do not balance: {len(self.submitted)} samples were "
-                f"submitted, {len(self.samples)} are to be trained on and {len(self.failures)} "
-                f"failed; lost, doubled or unknown: {', '.join(wrong[:5])}"
+                f"submitted, {len(self.samples)} are to be trained on, {len(self.filtered)} were "
+                f"filtered and {len(self.failures)} failed; lost, doubled or unknown: "
+                f"{', '.join(wrong[:5])}"
             )
-        trained, failed = len(self.samples), len(self.failures)
-        if trained < smallest_share * len(self.submitted) or not trained:
+        trained, lost = len(self.samples), len(self.filtered) + len(self.failures)
+        if trained < smallest_share * (len(self.submitted) - self.extra) or not trained:
             reasons = Counter(f"{f.stage}: {f.reason}" for f in self.failures)
+            reasons.update(EXPLANATIONS[s.filtered] for s in self.filtered if s.filtered)
             raise RuntimeError(
-                f"{failed} of {len(self.submitted)} samples of this step failed, more than "
-                f"ppo.min_trained_share allows; most often because of "
-                f"{reasons.most_common(1)[0][0]} (all of them are in quarantine.jsonl; go on with "
+                f"{lost} of {len(self.submitted)} samples of this step failed or were filtered, "
+                f"more than ppo.min_trained_share allows; most often because of "
+                f"{reasons.most_common(1)[0][0]} (failed ones are in quarantine.jsonl; go on with "
                 "--resume when the cause is gone)"
             )
 
@@ -145,18 +191,19 @@ def train(
     """
     watch = DriftWatch(config.drift_limits, warn)
     for number in range(log.next_step, config.steps):
-        batch_of_prompts = prompts.batch(number)
-        step = Step(submitted=sample_ids(batch_of_prompts, sampling.samples_per_prompt))
+        asked = prompts.batch(number)
+        step = Step(submitted=sample_ids(asked, sampling.samples_per_prompt))
         with step.timed("generate"):
-            answers = rollouts.generate(
-                batch_of_prompts, sampling, run_seed=seed, round_index=number
-            )
             try:
-                collect(step, score_stream(reward, answers, retry=retry), measure, stop)
+                while asked:
+                    answers = rollouts.generate(asked, sampling, run_seed=seed, round_index=number)
+                    collect(step, score_stream(reward, answers, retry=retry), measure, stop)
+                    if stop():
+                        return False
+                    step.set_aside(config)
+                    asked = step.replacements(prompts, number, config, sampling.samples_per_prompt)
             finally:
                 log.set_aside(number, step.failures)
-        if stop():
-            return False
         with step.timed("accounting"):
             step.check_accounts(config.min_trained_share)
         batch = build_batch(
@@ -174,7 +221,7 @@ def train(
         watch.loaded(confirmations)
         metrics = {**metrics, **describe(step)}
         metrics |= weight_metrics(update, confirmations, metrics["seconds/step"])
-        log.finish_step(number, metrics, step.samples)
+        log.finish_step(number, metrics, step.scored)
         progress(number + 1, config.steps, watched(metrics))
     return True
 
@@ -216,15 +263,20 @@ def probe_sequences(samples: Sequence[Sample]) -> list[list[int]]:
 
 
 def describe(step: Step) -> dict[str, float]:
-    """Figures of a step that do not come from the learners."""
-    values = np.array([s.score.value for s in step.samples])
-    lengths = np.array([len(s.trajectory.response_ids) for s in step.samples])
-    ended = [s.trajectory.finish_reason == "stop" for s in step.samples]
+    """Figures of a step that do not come from the learners.
+
+    Rewards and responses are those of all scored samples, filtered ones included: what the policy
+    does must not look better because the bad is left out.
+    """
+    scored = step.scored
+    values = np.array([s.score.value for s in scored])
+    lengths = np.array([len(s.trajectory.response_ids) for s in scored])
+    ended = [s.trajectory.finish_reason == "stop" for s in scored]
     tokens = float(lengths.sum())
     figures: dict[str, float] = {
         "samples/submitted": len(step.submitted),
         "samples/trained": len(step.samples),
-        "samples/filtered": 0,
+        "samples/filtered": len(step.filtered),
         "samples/failed": len(step.failures),
         **{
             f"samples/failed_{stage}": sum(f.stage == stage for f in step.failures)
@@ -240,11 +292,15 @@ def describe(step: Step) -> dict[str, float]:
         "tokens/response": tokens,
     }
     for group in ("components", "measured"):
-        names = sorted({name for s in step.samples for name in _figures(s, group)})
+        names = sorted({name for s in scored for name in _figures(s, group)})
         prefix = "reward/" if group == "components" else "measured/"
         for name in names:
-            found = [_figures(s, group)[name] for s in step.samples if name in _figures(s, group)]
+            found = [_figures(s, group)[name] for s in scored if name in _figures(s, group)]
             figures[f"{prefix}{name}"] = float(np.mean(found))
+    reasons = [sample.filtered for sample in step.filtered]
+    figures |= {f"samples/filtered_{r}": reasons.count(r) for r in sorted(set(reasons))}
+    if step.extra_rounds:
+        figures["samples/extra_rounds"] = step.extra_rounds
     figures |= {f"seconds/{phase}": value for phase, value in step.seconds.items()}
     total = sum(step.seconds.values())
     figures["seconds/step"] = total
@@ -293,5 +349,6 @@ def sample_row(sample: Sample) -> dict[str, Any]:
         "length": len(trajectory.response_ids),
         "finish_reason": trajectory.finish_reason,
         "policy_version": int(trajectory.policy_versions[-1]),
+        **({"filtered": sample.filtered} if sample.filtered else {}),
         **sample.measured,
     }

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.trajectory import Float32Array, Int32Array, Trajectory
-from learner.config import PPOConfig
+from learner.config import LengthPenaltyConfig, PPOConfig
 from reward_service.score import Score
 
 # What a micro-batch costs beside its tokens (Python, kernel launches), in tokens' worth of work.
@@ -37,6 +37,7 @@ class PPOBatch:
             token, or per token.
         scores: ``[B]`` the score as the reward gave it.
         stopped: ``[B]`` whether the response ended with EOS rather than at the length limit.
+        groups: ``[B]`` which prompt the response is to, numbered 0, 1, ...
     """
 
     input_ids: Int32Array
@@ -46,6 +47,7 @@ class PPOBatch:
     rewards: Float32Array
     scores: Float32Array
     stopped: BoolArray
+    groups: Int32Array
 
     def __post_init__(self) -> None:
         samples = {field.name: len(getattr(self, field.name)) for field in fields(self)}
@@ -85,13 +87,14 @@ def build_batch(
     """Lay samples and their scores out as arrays, sorted by sample id.
 
     Scores are matched by ``sample_id``; they may come in another order as long as ids are unique.
-    The score is clipped to ``+-config.score_clip`` (each token's when they are per token), then
-    ``config.truncated`` says what a response cut off by the length limit gets: the score as it is,
-    the score plus ``truncated_value``, or ``truncated_value`` instead of any score.
+    The score is clipped to ``+-config.score_clip`` (each token's when they are per token) and
+    ``config.length_penalty`` is added at the last token. Then ``config.truncated`` says what a
+    response cut off by the length limit gets: the score as it is, the score plus
+    ``truncated_value``, or ``truncated_value`` instead of score and length penalty.
 
     Raises:
-        ValueError: If samples and scores do not match, or per-token rewards have another length
-            than the response.
+        ValueError: If samples and scores do not match, per-token rewards have another length
+            than the response, or a sample should have been filtered (``learner.sample_filter``).
     """
     matched = _match(trajectories, scores)
     matched.sort(key=lambda pair: (pair[0].prompt.prompt_id, pair[0].sample_index))
@@ -116,7 +119,15 @@ def build_batch(
         rewards=rewards,
         scores=np.array([score.value for _, score in matched], np.float32),
         stopped=np.array([t.finish_reason == "stop" for t, _ in matched], np.bool_),
+        groups=group_numbers([t for t, _ in matched]),
     )
+
+
+def group_numbers(trajectories: Sequence[Trajectory]) -> Int32Array:
+    """``[B]`` the prompt of each trajectory, numbered in the order of the prompts' ids."""
+    names = [trajectory.prompt.prompt_id for trajectory in trajectories]
+    number = {name: index for index, name in enumerate(sorted(set(names)))}
+    return np.array([number[name] for name in names], np.int32)
 
 
 def place_score(trajectory: Trajectory, score: Score, config: PPOConfig) -> Float32Array:
@@ -135,13 +146,30 @@ def place_score(trajectory: Trajectory, score: Score, config: PPOConfig) -> Floa
         )
     else:
         placed[:] = np.clip(score.per_token, -config.score_clip, config.score_clip)
+    if config.length_penalty is not None:
+        placed[-1] += overlong_penalty(length, config.length_penalty)
     if trajectory.finish_reason == "length":
+        if config.truncated == "filter":
+            raise ValueError(
+                f"sample {trajectory.sample_id} was cut off by the length limit and ppo.truncated "
+                "is 'filter': take such samples out before a batch is built (sample_filter)"
+            )
         if config.truncated == "penalty":
             placed[-1] += config.truncated_value
         elif config.truncated == "fixed":
             placed[:] = 0.0
             placed[-1] = config.truncated_value
     return placed
+
+
+def overlong_penalty(length: int, config: LengthPenaltyConfig) -> float:
+    """Soft overlong punishment of a response of ``length`` tokens (arXiv 2503.14476, eq. 13).
+
+    0 up to ``max_tokens - cache_tokens``, from there linearly down to ``-factor`` at
+    ``max_tokens``, and ``-factor`` beyond.
+    """
+    excess = length - (config.max_tokens - config.cache_tokens)
+    return -config.factor * min(max(excess / config.cache_tokens, 0.0), 1.0)
 
 
 def _match(

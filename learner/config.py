@@ -122,6 +122,39 @@ class KLConfig(StrictConfig):
         return self
 
 
+class LengthPenaltyConfig(StrictConfig):
+    """Soft overlong punishment (DAPO, arXiv 2503.14476, equation 13), added to the score."""
+
+    max_tokens: int = Field(
+        ge=2, description="response tokens from which on the penalty is whole: the length limit"
+    )
+    cache_tokens: int = Field(
+        ge=1, description="it grows linearly over the last so many tokens before max_tokens"
+    )
+    factor: float = Field(1.0, gt=0, description="the whole penalty, in units of the score")
+
+    @model_validator(mode="after")
+    def _cache_fits(self) -> LengthPenaltyConfig:
+        if self.cache_tokens >= self.max_tokens:
+            raise ValueError(
+                f"length_penalty.cache_tokens {self.cache_tokens} must be less than max_tokens "
+                f"{self.max_tokens}: shorter responses are free of the penalty"
+            )
+        return self
+
+
+class DynamicSamplingConfig(StrictConfig):
+    """Groups whose rewards are all alike are not trained on, and further prompts are asked in
+    their place (DAPO, arXiv 2503.14476, section 3.2)."""
+
+    max_extra_rounds: int = Field(
+        3, ge=0, description="rounds of further prompts in a step; then what there is is trained"
+    )
+    min_spread: float = Field(
+        0.0, ge=0, description="a group's rewards must differ by more than this"
+    )
+
+
 class LearnersConfig(StrictConfig):
     """The RLlib LearnerGroup. The result does not depend on ``num_learners``."""
 
@@ -167,32 +200,62 @@ BFLOAT16_DRIFT = DriftConfig(
     warn_correlation=0.98,
     abort_correlation=0.7,
 )
+AdvantageEstimator = Literal[
+    "gae", "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"
+]
+GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline")
+"""Those that compare a response with the other responses to its prompt."""
+WHITENED_ESTIMATORS = ("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 
 
 class PPOConfig(StrictConfig):
-    """PPO for language models. Numbers in brackets refer to the implementation details of
+    """PPO for language models, and its relatives without a critic: they differ in how they
+    estimate advantages (docs/advantages.md) and in nothing else. The defaults are those of
     arXiv 2403.17031 and of 'The N Implementation Details of RLHF with PPO'."""
 
     steps: int = Field(50, ge=1, description="PPO iterations")
     prompts_per_step: int = Field(64, ge=1)
+    advantage: AdvantageEstimator = Field(
+        "gae",
+        description="gae is PPO with a critic; the others have none, and the settings of critic, "
+        "critic_from_reward_model, value_clip and lam say nothing to them",
+    )
+    group_std: bool = Field(
+        True, description="grpo only: divide by the group's std; false is Dr. GRPO"
+    )
     epochs: int = Field(4, ge=1)
     minibatches: int = Field(4, ge=1, description="optimizer steps per epoch")
     clip: float = Field(0.2, gt=0)
-    clip_high: float | None = Field(None, gt=0, description="upper clip when it differs")
-    dual_clip: float | None = Field(None, gt=1, description="c of dual-clip PPO, 3.0 when on")
+    clip_high: float | None = Field(
+        None, gt=0, description="upper clip when it differs; DAPO has 0.28 (arXiv 2503.14476)"
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="c of dual-clip PPO (arXiv 1912.09729), 3.0 when on"
+    )
+    loss_aggregation: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean",
+        description="of an optimizer step: over all its tokens, or over each response's tokens "
+        "and then over the responses",
+    )
     value_clip: float = Field(0.2, gt=0)
     value_loss_coef: float = Field(0.1, ge=0, description="only with shared_trunk")
     shared_trunk: bool = Field(False, description="one network with two heads")
     entropy_coef: float = Field(0.0, ge=0)
     gamma: float = Field(1.0, gt=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
-    whiten_advantages: bool = True
-    whiten_rewards: bool = False
+    whiten_advantages: bool | None = Field(
+        None, description="over all tokens of a step; default: yes, but for grpo and rloo"
+    )
+    whiten_rewards: bool = Field(False, description="gae only, and without shifting the mean")
     score_clip: float = Field(10.0, gt=0, description="scores are clipped to +- this first")
-    truncated: Literal["score", "penalty", "fixed"] = Field(
-        "score", description="what a response cut off by the length limit gets"
+    truncated: Literal["score", "penalty", "fixed", "filter"] = Field(
+        "score",
+        description="what a response cut off by the length limit gets; filter: it is not trained "
+        "on (overlong filtering of DAPO, arXiv 2503.14476, section 3.4)",
     )
     truncated_value: float = Field(-1.0, description="the fixed score, or the penalty added")
+    length_penalty: LengthPenaltyConfig | None = None
+    dynamic_sampling: DynamicSamplingConfig | None = None
     importance_cap: float | None = Field(
         None, gt=0, description="cap of the truncated importance weight learner / engine; 2.0"
     )
@@ -224,3 +287,49 @@ class PPOConfig(StrictConfig):
     def drift_limits(self) -> DriftConfig:
         """The thresholds of drift that hold, by the learner's precision unless configured."""
         return self.drift or (BFLOAT16_DRIFT if self.bf16 else FLOAT32_DRIFT)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether values are learned: by a critic, or by a head on the policy."""
+        return self.advantage == "gae"
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether there is a value model beside the policy."""
+        return self.has_values and not self.shared_trunk
+
+    @property
+    def whitens_advantages(self) -> bool:
+        if self.whiten_advantages is None:
+            return self.advantage in WHITENED_ESTIMATORS
+        return self.whiten_advantages
+
+    @model_validator(mode="after")
+    def _estimator_fits(self) -> PPOConfig:
+        name = self.advantage
+        problems = {
+            "shared_trunk adds a value head": self.shared_trunk and not self.has_values,
+            "whiten_rewards scales what a critic must foresee": (
+                self.whiten_rewards and not self.has_values
+            ),
+            f"gamma {self.gamma} discounts token by token": (
+                self.gamma != 1 and name in ("grpo", "rloo")
+            ),
+            "group_std false is Dr. GRPO": not self.group_std and name != "grpo",
+            "whiten_advantages false takes away what makes it REINFORCE++": (
+                self.whiten_advantages is False and name.startswith("reinforce_plus_plus")
+            ),
+            "dynamic_sampling drops groups that only a group estimator learns nothing from": (
+                self.dynamic_sampling is not None and name not in GROUP_ESTIMATORS
+            ),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(f"{problem}, but ppo.advantage is {name!r}: leave it out")
+        if name == "grpo" and self.group_std and self.kl.where == "reward" and self.kl.coef:
+            raise ValueError(
+                "ppo.advantage 'grpo' divides by the std of each group's rewards, so a KL penalty "
+                "in the reward would weigh differently in every group: put it into the loss, "
+                "ppo.kl: {where: loss, estimator: k3_st_k2}, or set kl.where to 'off'"
+            )
+        return self

@@ -27,7 +27,7 @@ __all__ = ["LearnerGroupFailed", "PPOLearners"]
 
 
 class PPOLearners:
-    """Policy, critic and reference with their optimizers, on 0 (in-process), 1 or more learners.
+    """Policy, reference and, for PPO proper, critic, on 0 (in-process), 1 or more learners.
 
     Example::
 
@@ -40,6 +40,7 @@ class PPOLearners:
         policy_dir: Model that training starts from; its tokenizer goes along with saved policies.
         reference_dir: Model that the KL divergence is measured to.
         critic_dir: Reward model that the critic starts from; without, its head starts at zero.
+            Not read where ``ppo`` has no critic.
         temperature: Of sampling, > 0.
         total_steps: PPO iterations over which the learning rates decay.
 
@@ -63,7 +64,7 @@ class PPOLearners:
     ) -> None:
         if temperature <= 0:
             raise ValueError(f"sampling.temperature is {temperature}; PPO needs more than 0")
-        if critic_dir is not None and (ppo.shared_trunk or not ppo.critic_from_reward_model):
+        if not ppo.has_critic or not ppo.critic_from_reward_model:
             critic_dir = None
         self._timeout_s = learners.timeout_s
         self._setup = PPOSetup(
@@ -202,7 +203,11 @@ def _build_group(setup: PPOSetup) -> StrictLearnerGroup:
     )
     config.ppo_setup = setup
     spec = module_spec(
-        setup.policy_dir, setup.critic_dir, setup.temperature, setup.ppo.shared_trunk
+        setup.policy_dir,
+        setup.critic_dir,
+        setup.temperature,
+        shared_trunk=setup.ppo.shared_trunk,
+        critic=setup.ppo.has_critic,
     )
     try:
         return StrictLearnerGroup(config=config, module_spec=spec)

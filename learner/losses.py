@@ -7,10 +7,12 @@ losses, so nothing needs a mask. All inputs are float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from actors.trajectory import Int32Array
 from learner.config import PPOConfig
 from learner.kl import MAX_EXPONENT, kl_estimate
 
@@ -27,7 +29,8 @@ def policy_loss(
     Args:
         log_ratio: ``[N]`` log pi_new - log pi_old, in nats.
         advantages: ``[N]``.
-        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high].
+        clip_low, clip_high: The ratio is clipped to [1 - clip_low, 1 + clip_high]; an upper clip
+            beyond the lower lets rare tokens rise faster (DAPO, arXiv 2503.14476, equation 10).
         dual_clip: With c, a token of negative advantage never loses more than c * |A|
             (arXiv 1912.09729, equation 5).
 
@@ -58,6 +61,29 @@ def value_loss(
     near = old_values + (values - old_values).clamp(-clip, clip)
     unclipped, limited = (values - returns) ** 2, (near - returns) ** 2
     return 0.5 * torch.maximum(unclipped, limited), limited > unclipped
+
+
+Aggregation = Literal["token_mean", "sequence_mean"]
+
+
+def token_weights(mask: Tensor, aggregation: Aggregation) -> Tensor:
+    """``[B, R]`` float32: how much the loss of each response token counts in a step's sum.
+
+    The sum of weighted losses over an optimizer step, divided by ``loss_divisor``, is
+
+    - ``token_mean``: the mean over all tokens of the step (DAPO, arXiv 2503.14476, equation 12);
+    - ``sequence_mean``: each response's mean over its tokens, then the mean over the responses
+      (GRPO, arXiv 2402.03300, equation 3), so that a token of a long response counts less.
+    """
+    if aggregation == "token_mean":
+        return mask.float()
+    return mask / mask.sum(1, keepdim=True)
+
+
+def loss_divisor(response_lengths: Int32Array, aggregation: Aggregation) -> int:
+    """What the weighted sum of an optimizer step is divided by, over all learners: its tokens, or
+    its responses."""
+    return int(response_lengths.sum()) if aggregation == "token_mean" else len(response_lengths)
 
 
 def importance_weights(old_logprobs: Tensor, engine_logprobs: Tensor, cap: float | None) -> Tensor:

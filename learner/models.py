@@ -136,9 +136,14 @@ def load_reward_model(path: Path) -> tuple[Any, nn.Linear]:
 
 
 def module_spec(
-    policy_dir: Path, reward_model_dir: Path | None, temperature: float, shared_trunk: bool
+    policy_dir: Path,
+    reward_model_dir: Path | None,
+    temperature: float,
+    *,
+    shared_trunk: bool,
+    critic: bool,
 ) -> MultiRLModuleSpec:
-    """Policy and critic as one MultiRLModule; the critic is left out with a shared trunk."""
+    """Policy, and critic where there is to be one, as one MultiRLModule."""
     specs = {
         POLICY: RLModuleSpec(
             module_class=PolicyModule,
@@ -151,7 +156,7 @@ def module_spec(
             },
         )
     }
-    if not shared_trunk:
+    if critic:
         specs[CRITIC] = RLModuleSpec(
             module_class=CriticModule,
             observation_space=_NO_SPACE,

@@ -4,8 +4,11 @@ Every learner holds the whole batch. It annotates its share (old log-probabiliti
 log-probabilities, values), and a sum over the group completes the annotations, so that every
 learner computes the same advantages. Each optimizer step's rows come from a shuffle that all draw
 alike, are shared out by tokens, and go through the models in token-budget micro-batches; the loss
-is normalised by the response tokens of the whole step. So the number of learners and the size of
-micro-batches change nothing but rounding.
+is normalised by the response tokens (or responses) of the whole step. So the number of learners
+and the size of micro-batches change nothing but rounding.
+
+The estimator of the advantages is a setting of this one learner. Those that need no values have no
+critic: neither the model nor its optimizer exists then.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.torch.torch_rl_module import TorchDDPRLModule
 from torch import Tensor
 
-from learner.advantages import gae, shape_rewards, whiten
+from learner.advantages import estimate_advantages, shape_rewards
 from learner.batch import (
     Int64Array,
     MicroBatch,
@@ -37,6 +40,7 @@ from learner.config import OptimizerConfig, PPOConfig
 from learner.hf_directory import load_causal_lm
 from learner.kl import KLController, kl_estimate
 from learner.lanes import Lanes
+from learner.losses import loss_divisor, token_weights
 from learner.models import CRITIC, POLICY, token_logprobs
 from learner.ppo_setup import PPOSetup, quiet_start
 from learner.schedule import learning_rate
@@ -50,12 +54,14 @@ class Annotations:
 
     old_logprobs: Tensor
     reference_logprobs: Tensor
-    values: Tensor
     entropy: Tensor
+    values: Tensor | None
+    """None where no values are learned."""
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.old_logprobs, self.reference_logprobs, self.values, self.entropy
+    def tensors(self) -> dict[str, Tensor]:
+        found = {name: getattr(self, name) for name in self.__slots__}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class PPOLearner(TorchLearner):  # type: ignore[misc]
@@ -237,7 +243,8 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
             self._inputs(take_rows(group, batch.input_ids, batch.prompt_lengths, counts, width))
             for group in groups
         ]
-        return Step(micro_batches=inputs, tokens=int(batch.response_lengths[rows].sum()))
+        divisor = loss_divisor(batch.response_lengths[rows], self.ppo.loss_aggregation)
+        return Step(micro_batches=inputs, divisor=divisor)
 
     def _inputs(self, rows: MicroBatch) -> dict[str, Any]:
         """A micro-batch as the modules take it, on this learner's device."""
@@ -251,7 +258,12 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         the very numbers that it will compute itself.
         """
         shape = self.batch.rewards.shape
-        notes = Annotations(*(torch.zeros(shape, device=self._device) for _ in range(4)))
+        notes = Annotations(
+            old_logprobs=torch.zeros(shape, device=self._device),
+            reference_logprobs=torch.zeros(shape, device=self._device),
+            entropy=torch.zeros(shape, device=self._device),
+            values=torch.zeros(shape, device=self._device) if self.ppo.has_values else None,
+        )
         tasks = [
             partial(annotate, inputs, notes)
             for rows in self._plan(epoch=0)
@@ -259,7 +271,7 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
             for annotate in (self._annotate_policy, self._annotate_reference, self._annotate_values)
         ]
         self.lanes.run(tasks)
-        for name, tensor in zip(Annotations.__slots__, notes.tensors, strict=True):
+        for name, tensor in notes.tensors.items():
             if self.group is not None:
                 dist.all_reduce(tensor, group=self.group)
             if not torch.isfinite(tensor).all():
@@ -275,7 +287,7 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         slots = inputs["slots"]
         notes.old_logprobs.view(-1)[slots] = out["logprobs"]
         notes.entropy.view(-1)[slots] = out["entropy"]
-        if out["values"] is not None:
+        if notes.values is not None and out["values"] is not None:
             notes.values.view(-1)[slots] = out["values"]
 
     def _annotate_reference(self, inputs: dict[str, Any], notes: Annotations) -> None:
@@ -284,8 +296,8 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         notes.reference_logprobs.view(-1)[inputs["slots"]] = logprobs
 
     def _annotate_values(self, inputs: dict[str, Any], notes: Annotations) -> None:
-        if CRITIC not in self.trainers:
-            return  # the policy's trunk has given them
+        if notes.values is None or CRITIC not in self.trainers:
+            return  # there are none, or the policy's trunk has given them
         with torch.no_grad(), self._autocast():
             values = self.module[CRITIC].unwrapped()(inputs)["values"]
         notes.values.view(-1)[inputs["slots"]] = values
@@ -303,10 +315,10 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
         difference = notes.old_logprobs - notes.reference_logprobs
         kl = kl_estimate(difference, "k1" if ppo.kl.where != "reward" else ppo.kl.estimator)
         shaped = shape_rewards(rewards, kl, self.controller.in_reward, mask)
-        trained = whiten(shaped, mask, shift_mean=False) if ppo.whiten_rewards else shaped
-        advantages, returns = gae(trained, notes.values, mask, ppo.gamma, ppo.lam)
-        if ppo.whiten_advantages:
-            advantages = whiten(advantages, mask)
+        groups = torch.tensor(batch.groups, dtype=torch.int64, device=self._device)
+        advantages, returns = estimate_advantages(
+            ppo, rewards=shaped, values=notes.values, mask=mask, groups=groups
+        )
         metrics = batch_metrics(
             batch, mask, notes, difference=difference, engine=engine, shaped=shaped, returns=returns
         )
@@ -314,9 +326,10 @@ class PPOLearner(TorchLearner):  # type: ignore[misc]
             old_logprobs=notes.old_logprobs.view(-1),
             reference_logprobs=notes.reference_logprobs.view(-1),
             engine_logprobs=engine.view(-1),
-            old_values=notes.values.view(-1),
             advantages=advantages.reshape(-1),
-            returns=returns.reshape(-1),
+            token_weights=token_weights(mask, ppo.loss_aggregation).view(-1),
             kl_coef=self.controller.in_loss,
+            old_values=None if notes.values is None else notes.values.view(-1),
+            returns=None if returns is None else returns.reshape(-1),
         )
         return targets, metrics

@@ -13,6 +13,7 @@ from torch import Tensor
 from learner.advantages import explained_variance, masked, masked_mean
 from learner.batch import PPOBatch
 from learner.losses import PolicyTerms
+from learner.sample_filter import group_spread
 
 if TYPE_CHECKING:
     from learner.ppo import Annotations
@@ -26,9 +27,9 @@ def batch_metrics(
     difference: Tensor,
     engine: Tensor,
     shaped: Tensor,
-    returns: Tensor,
+    returns: Tensor | None,
 ) -> dict[str, float]:
-    """Figures of the batch before the first optimizer step.
+    """Figures of the batch before the first optimizer step; of values only where there are any.
 
     Args:
         mask: ``[B, R]`` true at response tokens; all other tensors are ``[B, R]`` as well.
@@ -47,14 +48,18 @@ def batch_metrics(
         "kl_sequence": masked(difference, mask).sum(1).mean(),
         "kl_token": masked_mean(difference, mask),
         "entropy": masked_mean(notes.entropy, mask),
-        "value": masked_mean(notes.values, mask),
-        "explained_variance": explained_variance(notes.values, returns, mask),
         "engine_delta_mean": delta.abs().sum() / mask.sum(),
         "engine_delta_max": delta.abs().max(),
         # Share of the sample that is left when engine and learner disagree: 1 when they agree.
         "effective_sample_size": weights.sum() ** 2 / (weights**2).sum() / mask.sum(),
         "engine_correlation": correlation(notes.old_logprobs[mask], engine[mask]),
     }
+    if notes.values is not None and returns is not None:
+        figures["value"] = masked_mean(notes.values, mask)
+        figures["explained_variance"] = explained_variance(notes.values, returns, mask)
+    if int(batch.groups.max()) + 1 < len(batch):  # a prompt has several responses
+        spread = group_spread(batch.rewards.sum(1), batch.groups)
+        figures["groups_without_spread"] = torch.tensor((spread == 0).mean())
     metrics = {f"ppo/{name}": float(value) for name, value in figures.items()}
     metrics["ppo/eos_rate"] = float(batch.stopped.mean())
     metrics["ppo/response_length"] = float(batch.response_lengths.mean())

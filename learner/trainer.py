@@ -35,11 +35,14 @@ class Targets:
     old_logprobs: Tensor
     reference_logprobs: Tensor
     engine_logprobs: Tensor
-    old_values: Tensor
     advantages: Tensor
-    returns: Tensor
+    token_weights: Tensor
+    """How much each token counts in the sum of its step (``losses.token_weights``)."""
     kl_coef: float
     """Coefficient of the KL term of the loss."""
+    old_values: Tensor | None
+    returns: Tensor | None
+    """None where no values are learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,12 @@ class Step:
 
     Attributes:
         micro_batches: Inputs of the module; never empty.
-        tokens: Response tokens of the whole step, over all learners.
+        divisor: Of the weighted sum of losses: response tokens or responses of the whole step,
+            over all learners.
     """
 
     micro_batches: list[dict[str, Any]]
-    tokens: int
+    divisor: int
 
 
 class ModuleTrainer:
@@ -113,8 +117,8 @@ class ModuleTrainer:
     def _accumulate(self, step: Step, targets: Targets, sums: TokenSums) -> None:
         """Gradients of one optimizer step over this learner's micro-batches."""
         self.optimizer.zero_grad(set_to_none=True)
-        # DDP averages over learners, so world / tokens makes the loss a mean over all tokens.
-        scale = self._world / step.tokens
+        # DDP averages over learners, so world / divisor makes the loss a mean over the step.
+        scale = self._world / step.divisor
         for number, inputs in enumerate(step.micro_batches):
             inputs["with_entropy"] = self._ppo.entropy_coef > 0
             with self._gradient_exchange(last=number == len(step.micro_batches) - 1):
@@ -126,8 +130,9 @@ class ModuleTrainer:
     def _loss(
         self, out: dict[str, Tensor | None], targets: Targets, slots: Tensor, sums: TokenSums
     ) -> Tensor:
-        """Sum over the tokens of a micro-batch."""
+        """Weighted sum over the tokens of a micro-batch."""
         loss: Tensor | float = 0.0
+        weights = targets.token_weights[slots]
         logprobs, values = out.get("logprobs"), out.get("values")
         if logprobs is not None:
             terms = policy_terms(
@@ -141,14 +146,16 @@ class ModuleTrainer:
                 config=self._ppo,
             )
             sums.add_policy(terms)
-            loss = terms.loss.sum()
+            loss = (terms.loss * weights).sum()
         if values is not None:
+            assert targets.old_values is not None
+            assert targets.returns is not None
             error, clipped = value_loss(
                 values, targets.old_values[slots], targets.returns[slots], self._ppo.value_clip
             )
             sums.add_value(error, clipped)
             coef = 1.0 if logprobs is None else self._ppo.value_loss_coef
-            loss = loss + coef * error.sum()
+            loss = loss + coef * (error * weights).sum()
         assert isinstance(loss, Tensor)
         return loss
 

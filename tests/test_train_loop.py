@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,18 @@ PPO = PPOConfig(
     policy=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.999), schedule="constant"),
     critic=OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.999)),
 )
+# The other estimators on the same task, each as its paper combines it; a few steps show it.
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        "kl": {"where": "loss", "estimator": "k3_st_k2", "coef": 0.02},
+        "loss_aggregation": "sequence_mean",
+        "dynamic_sampling": {"max_extra_rounds": 2},
+    },
+    "rloo": {},
+    "reinforce_plus_plus": {},
+    "reinforce_plus_plus_baseline": {"kl": {"where": "loss", "estimator": "k2", "coef": 0.02}},
+}
+FEW_STEPS = 7
 
 
 class LowIds:
@@ -71,7 +84,7 @@ def pool(ray_session: None, model: Path) -> Iterator[RolloutPool]:
         yield started
 
 
-def run(pool: RolloutPool, model: Path, seed: int) -> Log:
+def run(pool: RolloutPool, model: Path, seed: int, ppo: PPOConfig = PPO) -> Log:
     rng = np.random.default_rng(seed)
     prompts = [
         Prompt(
@@ -84,12 +97,12 @@ def run(pool: RolloutPool, model: Path, seed: int) -> Log:
     log = Log()
     pool.load_checkpoint(model, version=0)
     with PPOLearners(
-        PPO, LearnersConfig(num_learners=0), model, model, None, 1.0, STEPS, seed
+        ppo, LearnersConfig(num_learners=0), model, model, None, 1.0, ppo.steps, seed
     ) as learners:
         assert train(
-            PPO,
+            ppo,
             SAMPLING,
-            prompts=PromptStream(prompts, PPO.prompts_per_step, seed),
+            prompts=PromptStream(prompts, ppo.prompts_per_step, seed),
             rollouts=pool,
             reward=LowIds(),
             learners=learners,
@@ -129,6 +142,25 @@ def test_ppo_learns_and_the_engine_agrees_with_the_learner(
         )
     assert log.steps[0]["ppo/kl_sequence"] == pytest.approx(0.0, abs=1e-5)
     assert log.warnings == []
+
+
+@pytest.mark.parametrize("advantage", ESTIMATORS)
+def test_estimators_without_a_critic_learn_as_well(
+    pool: RolloutPool, model: Path, advantage: str
+) -> None:
+    changes = {"advantage": advantage, "steps": FEW_STEPS, **ESTIMATORS[advantage]}
+    log = run(pool, model, seed=0, ppo=PPOConfig.model_validate(PPO.model_dump() | changes))
+    rewards = [m["reward/mean"] for m in log.steps]
+    assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.15, rewards
+    for metrics in log.steps:
+        assert not [name for name in metrics if "critic" in name or "value" in name]
+        assert metrics["ppo/first_log_ratio_max"] == 0.0
+        assert metrics["samples/submitted"] == (
+            metrics["samples/trained"] + metrics["samples/filtered"] + metrics["samples/failed"]
+        )
+    if "dynamic_sampling" in ESTIMATORS[advantage]:
+        assert max(m["samples/filtered_no_spread"] for m in log.steps if m["samples/filtered"]) >= 4
+        assert all(m["ppo/groups_without_spread"] == 0 for m in log.steps)
 
 
 def test_a_step_with_too_few_good_samples_stops_the_run() -> None:

@@ -225,6 +225,22 @@ def test_a_batch_depends_on_its_step_alone(
         assert ids_of_batch(used, step) == ids_of_batch(PromptStream(prompts, per_step, seed), step)
 
 
+def test_replacements_are_a_sequence_of_the_step_and_leave_the_batches_alone() -> None:
+    """In pieces or at once, by a fresh stream or a used one: every other prompt, once."""
+    prompts = make_prompts(20)
+    used = PromptStream(prompts, 6, seed=3)
+    batches = [ids_of_batch(used, step) for step in range(9)]
+    for step in (7, 2):
+        whole = [p.prompt_id for p in PromptStream(prompts, 6, seed=3).replacements(step, 0, 99)]
+        assert sorted(whole + batches[step]) == sorted(p.prompt_id for p in prompts)
+        parts = [used.replacements(step, start, count) for start, count in ((0, 5), (5, 2), (7, 9))]
+        assert [p.prompt_id for part in parts for p in part] == whole
+        assert used.replacements(step, 14, 3) == []
+    assert [ids_of_batch(used, step) for step in range(9)] == batches
+    orders = {tuple(p.prompt_id for p in used.replacements(s, 0, 9)) for s in range(9)}
+    assert len(orders) == 9
+
+
 def test_epochs_are_shuffled_differently_and_by_the_seed() -> None:
     prompts = make_prompts(50)
     stream = PromptStream(prompts, 50, seed=0)

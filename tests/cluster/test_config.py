@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from cluster.config import build_config, load_config, override_config, write_config
 from cluster.presets import quickstart_config
+from learner.config import AdvantageEstimator
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ADVANTAGE_EXAMPLES = re.findall(
+    r"```yaml\n(.*?)```", (ROOT / "docs" / "advantages.md").read_text(encoding="utf-8"), re.DOTALL
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +35,11 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
         ({"pretrain": {"context": 64}}, "more than pretrain.context 64"),
         ({"pretrain": {"hidden_size": 100, "heads": 3}}, "must divide by heads 3"),
         ({"data": {"newswire": {}, "prompts": "x.jsonl"}}, "leave data.prompts"),
+        ({"ppo": {"advantage": "rloo"}}, "samples_per_prompt is 1: set it to 2 or more"),
+        (
+            {"ppo": {"length_penalty": {"max_tokens": 80, "cache_tokens": 9}}},
+            "max_tokens is 80, but no response is longer than sampling.max_new_tokens 64",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(values: dict, message: str) -> None:
@@ -89,6 +101,19 @@ def test_the_quickstart_preset_is_valid_in_both_languages() -> None:
         config = quickstart_config(run_dir=Path("runs/q"), language=language, seed=1)
         assert config.policy_model == Path("runs/q/sft")
         assert config.reward_terms[0].model == "runs/q/reward_model"
+
+
+@pytest.mark.parametrize("text", ADVANTAGE_EXAMPLES, ids=range(len(ADVANTAGE_EXAMPLES)))
+def test_the_examples_of_the_page_about_advantages_are_valid(text: str) -> None:
+    config = build_config({"run_dir": "runs/x", **yaml.safe_load(text)}, source="advantages.md")
+    assert config.ppo is not None
+    restored = build_config(config.model_dump(mode="json"), source="a resumed run")
+    assert restored == config
+
+
+def test_the_page_about_advantages_has_an_example_of_each_estimator() -> None:
+    examples = [yaml.safe_load(text)["ppo"] for text in ADVANTAGE_EXAMPLES]
+    assert {ppo.get("advantage") for ppo in examples} >= set(get_args(AdvantageEstimator))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

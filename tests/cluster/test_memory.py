@@ -40,6 +40,18 @@ def test_the_estimate_grows_with_what_is_asked_for() -> None:
     assert estimate_memory(large).parts["learners"] > 2 * estimate_memory(small).parts["learners"]
 
 
+def test_without_a_critic_a_learner_holds_its_four_copies_of_the_weights_less() -> None:
+    with_critic = quickstart_config(run_dir=Path("runs/q"))
+    values = with_critic.model_dump(mode="json")
+    values["ppo"]["advantage"] = "reinforce_plus_plus"
+    saved = (
+        estimate_memory(with_critic).parts["learners"]
+        - estimate_memory(build_config(values, "test")).parts["learners"]
+    )
+    weights = model_shape(with_critic).parameters * 4 / 2**30
+    assert saved == pytest.approx(4 * weights)
+
+
 def test_a_hub_name_cannot_be_estimated(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config\.json in owner/model"):
         model_shape(RunConfig(run_dir=tmp_path, model="owner/model"))

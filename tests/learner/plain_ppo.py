@@ -7,6 +7,7 @@ attention mask, logits of every position, loops over samples and tokens, no micr
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 
 import torch
@@ -64,8 +65,12 @@ def response_views(
 
 
 def plain_advantages(
-    rewards: list[list[float]], values: list[list[float]], config: PPOConfig
+    rewards: list[list[float]], values: list[list[float]], groups: list[int], config: PPOConfig
 ) -> tuple[list[list[float]], list[list[float]]]:
+    if config.advantage != "gae":
+        without = plain_estimates(rewards, groups, config)
+        plus_plus = config.advantage.startswith("reinforce_plus_plus")
+        return (_whiten(without) if plus_plus else without), values
     if config.whiten_rewards:
         rewards = _whiten(rewards, keep_mean=True)
     advantages, returns = [], []
@@ -78,6 +83,37 @@ def plain_advantages(
         )
         returns.append([a + x for a, x in zip(advantages[-1], v, strict=True)])
     return (_whiten(advantages) if config.whiten_advantages else advantages), returns
+
+
+def plain_estimates(
+    rewards: list[list[float]], groups: list[int], config: PPOConfig
+) -> list[list[float]]:
+    """Advantages without a critic, before any whitening, response by response."""
+    totals = [sum(row) for row in rewards]
+    result = []
+    for i, row in enumerate(rewards):
+        mates = [j for j in range(len(rewards)) if groups[j] == groups[i]]
+        group = [totals[j] for j in mates]
+        others = [totals[j] for j in mates if j != i]
+        mean = statistics.mean(group)
+        to_go = [
+            sum(config.gamma ** (u - t) * row[u] for u in range(t, len(row)))
+            for t in range(len(row))
+        ]
+        if config.advantage == "reinforce_plus_plus":
+            result.append(to_go)
+        elif config.advantage == "reinforce_plus_plus_baseline":
+            last = len(row) - 1
+            result.append([to_go[t] - config.gamma ** (last - t) * mean for t in range(len(row))])
+        elif config.advantage == "rloo":
+            one = totals[i] - statistics.mean(others) if others else 0.0
+            result.append([one] * len(row))
+        else:
+            one = totals[i] - mean
+            if config.group_std:
+                one /= (statistics.stdev(group) if others else 1.0) + 1e-6
+            result.append([one] * len(row))
+    return result
 
 
 def _whiten(rows: list[list[float]], keep_mean: bool = False) -> list[list[float]]:
@@ -109,8 +145,10 @@ def plain_iteration(
             [float(batch.rewards[row, t]) - coef * penalty[t] for t in range(lengths[row])]
         )
     values = [view["values"].tolist() for view in before]
-    advantages, returns = plain_advantages(rewards, values, config)
+    advantages, returns = plain_advantages(rewards, values, batch.groups.tolist(), config)
     policy_parameters, critic_parameters = models.parameters()
+    if config.advantage != "gae":
+        critic_parameters = []
     optimizers = [(_adamw(policy_parameters, config.policy), policy_parameters, config.policy)]
     if critic_parameters:
         optimizers.append(
@@ -118,11 +156,12 @@ def plain_iteration(
         )
     for epoch in range(config.epochs):
         for rows in minibatch_rows(count, config.minibatches, seed=seed, update=0, epoch=epoch):
-            tokens = sum(lengths[row] for row in rows)
+            by_token = config.loss_aggregation == "token_mean"
+            divisor = sum(lengths[row] for row in rows) if by_token else len(rows)
             total = torch.zeros((), dtype=torch.float64)
             for row in rows.tolist():
                 now = response_views(models, batch, row, temperature)
-                total = total + _sample_loss(
+                one = _sample_loss(
                     now,
                     before[row],
                     torch.tensor(advantages[row], dtype=torch.float64),
@@ -130,11 +169,12 @@ def plain_iteration(
                     torch.tensor(batch.engine_logprobs[row, : lengths[row]]).double(),
                     kl_coef if config.kl.where == "loss" else 0.0,
                     config,
-                    1.0 if critic_parameters else config.value_loss_coef,
+                    _value_coef(config),
                 )
+                total = total + (one if by_token else one / lengths[row])
             for optimizer, _, _ in optimizers:
                 optimizer.zero_grad()
-            torch.autograd.backward(total / tokens)
+            torch.autograd.backward(total / divisor)
             for optimizer, parameters, options in optimizers:
                 nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
                 optimizer.step()
@@ -144,6 +184,12 @@ def plain_iteration(
         "kl_sequence": float(torch.stack(differences).mean()),
         "entropy": float(entropies.mean()),
     }
+
+
+def _value_coef(config: PPOConfig) -> float:
+    if config.advantage != "gae":
+        return 0.0
+    return config.value_loss_coef if config.shared_trunk else 1.0
 
 
 def _sample_loss(

@@ -35,6 +35,7 @@ def random_batch(samples: int, seed: int, longest: int = 20) -> PPOBatch:
         rewards=rewards,
         scores=scores,
         stopped=rng.random(samples) < 0.5,
+        groups=np.arange(samples, dtype=np.int32) // 2,  # pairs, the odd one alone
     )
 
 

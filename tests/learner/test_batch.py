@@ -14,10 +14,12 @@ from learner.batch import (
     build_batch,
     micro_batches,
     minibatch_rows,
+    overlong_penalty,
+    place_score,
     split_over_ranks,
     take_rows,
 )
-from learner.config import PPOConfig
+from learner.config import LengthPenaltyConfig, PPOConfig
 from reward_service.score import Score
 
 EOS = 2
@@ -56,6 +58,7 @@ def test_arrays_by_hand_in_an_order_that_arrival_does_not_change() -> None:
     assert batch.rewards.tolist() == [[-10.0, 0, 0], [0, 0, 0.5]]  # -20 is clipped
     assert batch.scores.tolist() == [-20.0, 0.5]
     assert batch.stopped.tolist() == [False, True]
+    assert batch.groups.tolist() == [0, 1]
     np.testing.assert_allclose(batch.engine_logprobs, [[-0.1, 0, 0], [-0.1, -0.2, -0.3]])
     for other in (again, mixed):
         for name, column in batch.columns.items():
@@ -176,3 +179,32 @@ def test_shuffles_depend_on_seed_update_and_epoch_alone() -> None:
     assert order(0, 0, 0) == order(0, 0, 0)
     different = [order(0, 0, 0), order(1, 0, 0), order(0, 1, 0), order(0, 0, 1)]
     assert len({tuple(o) for o in different}) == 4
+
+
+def test_groups_are_prompts_whatever_the_order_and_the_number_of_responses() -> None:
+    names = [("b", 1), ("a", 0), ("b", 0), ("c", 2), ("b", 3)]
+    samples = [trajectory(name, [5], [9, EOS], index) for name, index in names]
+    scores = [score(f"{name}#{index}", float(index)) for name, index in names]
+    batch = build_batch(samples, scores, PPOConfig())
+    assert batch.groups.tolist() == [0, 1, 1, 1, 2]
+    assert batch.scores.tolist() == [0.0, 0.0, 1.0, 3.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("length", "penalty"), [(1, 0.0), (6, 0.0), (7, -0.5), (8, -1.0), (10, -2.0), (11, -2.0)]
+)
+def test_soft_overlong_punishment_by_hand(length: int, penalty: float) -> None:
+    """At most 10 tokens, the last 4 of which cost half a point each."""
+    config = LengthPenaltyConfig(max_tokens=10, cache_tokens=4, factor=2.0)
+    assert overlong_penalty(length, config) == penalty
+
+
+def test_the_length_penalty_is_added_at_the_last_token_after_the_score_is_clipped() -> None:
+    penalty = LengthPenaltyConfig(max_tokens=4, cache_tokens=2)
+    config = PPOConfig(score_clip=1.0, length_penalty=penalty)
+    sample = trajectory("a", [5], [7, 8, EOS])
+    assert place_score(sample, score("a#0", -9.0), config).tolist() == [0, 0, -1.5]
+    spread = place_score(sample, score("a#0", 0.75, per_token=[0.25, 0.25, 0.25]), config)
+    assert spread.tolist() == [0.25, 0.25, -0.25]
+    fixed = PPOConfig(truncated="fixed", truncated_value=-3.0, length_penalty=penalty)
+    assert place_score(trajectory("a", [5], [7, 8, 9]), score("a#0", 1.0), fixed)[-1] == -3.0

@@ -37,9 +37,9 @@ PPO = PPOConfig(
 )
 
 
-def start(learners: int, model: Path, threads: int = 1) -> PPOLearners:
+def start(learners: int, model: Path, threads: int = 1, ppo: PPOConfig = PPO) -> PPOLearners:
     config = LearnersConfig(num_learners=learners, threads=threads, timeout_s=60)
-    return PPOLearners(PPO, config, model, model, None, temperature=0.8, total_steps=10, seed=0)
+    return PPOLearners(ppo, config, model, model, None, temperature=0.8, total_steps=10, seed=0)
 
 
 def gone(pids: list[int], within_s: float = 15.0) -> bool:
@@ -126,6 +126,23 @@ def test_remote_learners_give_the_same_as_one_in_this_process(
         assert all(torch.equal(once[name], again[name]) for name in once)
         pids = learners.process_ids()
     assert gone(pids)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_two_learners_without_a_critic_give_the_same_as_one(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Groups and the means over responses are those of the step, not of a learner's share."""
+    changes = {"advantage": "reinforce_plus_plus_baseline", "loss_aggregation": "sequence_mean"}
+    config = PPOConfig.model_validate(PPO.model_dump() | changes)
+    alone = in_process(config, tiny_llama, temperature=0.8)
+    with start(2, tiny_llama, ppo=config) as learners:
+        metrics = [group.update(random_batch(7, seed=0)) for group in (alone, learners)]
+        got = weights(learners, tmp_path / "two")
+    for name, expected in weights(alone, tmp_path / "one").items():
+        torch.testing.assert_close(got[name], expected, rtol=1e-4, atol=1e-5)
+    assert metrics[0].keys() == metrics[1].keys()
+    assert metrics[1]["ppo/loss_policy"] == pytest.approx(metrics[0]["ppo/loss_policy"], abs=1e-5)
 
 
 def _fetched(update: Any) -> Any:

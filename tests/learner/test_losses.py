@@ -14,7 +14,14 @@ from torch import Tensor
 
 from learner.config import KLConfig, PPOConfig
 from learner.kl import KLController, kl_estimate
-from learner.losses import importance_weights, policy_loss, policy_terms, value_loss
+from learner.losses import (
+    importance_weights,
+    loss_divisor,
+    policy_loss,
+    policy_terms,
+    token_weights,
+    value_loss,
+)
 
 
 def log(*values: float) -> Tensor:
@@ -226,3 +233,13 @@ def test_without_a_change_of_the_policy_ratio_is_one_and_nothing_is_clipped() ->
     assert torch.equal(terms.ratio, torch.ones(9))
     assert torch.equal(terms.approx_kl, torch.zeros(9))
     assert not terms.clipped.any()
+
+
+def test_aggregations_by_hand() -> None:
+    """Losses 4 and 1, 2, 3: the mean over tokens is 10 / 4, over responses (4 + 2) / 2."""
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    losses = torch.tensor([[4.0, 0.0, 0.0], [1.0, 2.0, 3.0]])
+    lengths = np.array([1, 3], np.int32)
+    for aggregation, expected in (("token_mean", 2.5), ("sequence_mean", 3.0)):
+        weighted = (losses * token_weights(mask, aggregation)).sum()
+        assert float(weighted) / loss_divisor(lengths, aggregation) == pytest.approx(expected)

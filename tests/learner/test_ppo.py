@@ -40,7 +40,18 @@ VARIANTS = {
         "kl": KLConfig(where="loss", estimator="k2", coef=0.1),
     },
     "k3 in the reward": {"kl": KLConfig(estimator="k3", coef=0.2), "whiten_advantages": False},
+    "means of sequences": {"loss_aggregation": "sequence_mean"},
+    "grpo": {
+        "advantage": "grpo",
+        "loss_aggregation": "sequence_mean",
+        "kl": KLConfig(where="loss", estimator="k2", coef=0.1),
+    },
+    "dr grpo": {"advantage": "grpo", "group_std": False, "clip_high": 0.28},
+    "rloo": {"advantage": "rloo", "dual_clip": 3.0},
+    "reinforce++": {"advantage": "reinforce_plus_plus", "gamma": 0.95},
+    "reinforce++ baseline": {"advantage": "reinforce_plus_plus_baseline"},
 }
+WITHOUT_CRITIC = {"advantage": "rloo", "loss_aggregation": "sequence_mean"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda name: name.replace(" ", "-"))
@@ -62,19 +73,21 @@ def test_an_iteration_equals_a_plain_float64_implementation(
         error = (got[f"policy/model.{name}"] - expected).abs().max()
         assert moved > 1e-4
         assert error < 1e-3 * moved, (name, float(error), float(moved))
-    head = "policy" if config.shared_trunk else "critic"
-    torch.testing.assert_close(
-        got[f"{head}/value_head.weight"].double(), plain.head.weight.detach(), atol=1e-6, rtol=1e-3
-    )
+    if config.has_values:
+        head = got[f"{'policy' if config.shared_trunk else 'critic'}/value_head.weight"]
+        torch.testing.assert_close(head.double(), plain.head.weight.detach(), atol=1e-6, rtol=1e-3)
     assert metrics["ppo/kl_sequence"] == pytest.approx(want["kl_sequence"], rel=1e-4)
     assert metrics["ppo/entropy"] == pytest.approx(want["entropy"], rel=1e-4)
 
 
-def test_micro_batches_change_nothing_but_rounding(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", [{}, WITHOUT_CRITIC], ids=["ppo", "without-critic"])
+def test_micro_batches_change_nothing_but_rounding(
+    variant: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
     batch = random_batch(9, seed=2)
     results = []
     for budget in (1, 50, 200, 8192):
-        learners = in_process(ppo(tokens_per_micro_batch=budget), tiny_llama)
+        learners = in_process(ppo(tokens_per_micro_batch=budget, **variant), tiny_llama)
         learners.update(batch)
         results.append(weights(learners, tmp_path / str(budget)))
     for other in results[1:]:
@@ -111,6 +124,39 @@ def test_at_learning_rate_zero_the_policy_stays_and_the_ratio_is_exactly_one(
     assert metrics["ppo/approx_kl"] == 0.0
     assert metrics["ppo/clip_fraction"] == 0.0
     assert metrics["ppo/kl_sequence"] == 0.0
+
+
+def test_without_a_critic_there_is_no_value_model_and_no_metric_of_one(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    learners = in_process(ppo(**WITHOUT_CRITIC), tiny_llama, critic_dir=tmp_path / "not-read")
+    metrics = learners.update(random_batch(7, seed=1))
+    assert not [name for name in metrics if "critic" in name or "value" in name]
+    assert "ppo/explained_variance" not in metrics
+    assert metrics["ppo/grad_norm_policy"] > 0
+    assert list(learners._group._learner.module.keys()) == ["policy"]
+    learners.save(tmp_path)
+    state = torch.load(tmp_path / "learner.pt", weights_only=True)
+    assert list(state["modules"]) == list(state["optimizers"]) == ["policy"]
+    assert not [name for name in state["modules"]["policy"] if "value_head" in name]
+    with pytest.raises(ValueError, match=r"it holds \['policy'\], this run trains \['critic'"):
+        in_process(ppo(), tiny_llama).restore(tmp_path)
+
+
+def test_groups_whose_rewards_are_all_equal_leave_the_policy_as_it_is(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """And a group of one: of 5 samples the last has no other to be compared with."""
+    columns = dict(random_batch(5, seed=1).columns)
+    columns["rewards"] = np.where(columns["rewards"] != 0, np.float32(0.1), np.float32(0))
+    still = ppo(advantage="grpo", kl={"where": "off"})
+    learners = in_process(still, tiny_llama)
+    before = weights(learners, tmp_path / "before")
+    metrics = learners.update(PPOBatch(**columns))
+    after = weights(learners, tmp_path / "after")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert metrics["ppo/groups_without_spread"] == 1.0
+    assert metrics["ppo/grad_norm_policy"] == 0.0
 
 
 def test_metrics_of_the_batch_by_hand(tiny_llama: Path) -> None:
