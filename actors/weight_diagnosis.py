@@ -144,7 +144,7 @@ def _of_linear(
         if sum(len(w) for w in wanted) == module.output_size:
             used = _weight_of(module, wanted[0].shape[1], module.params_dtype)
             for part, sent, rows in zip(
-                parts, wanted, used.split([len(w) for w in wanted]), strict=True
+                parts, wanted, torch.split(used, [len(w) for w in wanted]), strict=True
             ):
                 yield _Use(f"{part}.weight", sent, rows, repr(f"{part}.weight"))
     biases = [tensors.get(f"{part}.bias") for part in parts]

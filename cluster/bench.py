@@ -23,12 +23,13 @@ import ray
 
 from actors.config import EngineConfig, RolloutConfig, SamplingConfig
 from actors.prompts import PromptStream
-from actors.trajectory import Prompt, SampleFailure
+from actors.trajectory import Prompt
 from cluster.config import RunConfig
 from cluster.progress import Reporter
 from cluster.session import Parts, Session
+from cluster.step import PROBE_SEQUENCES, PROBE_TOKENS
 from cluster.stop import StopRequest
-from cluster.train import PROBE_SEQUENCES, PROBE_TOKENS, Sample, train
+from cluster.train import KeptSteps, train
 from learner.config import LearnersConfig, OptimizerConfig, PPOConfig
 from learner.group import PPOLearners, cpu_has_bfloat16
 from reward_service.config import RewardConfig, RewardServiceConfig, RewardTerm
@@ -203,30 +204,12 @@ def random_prompts() -> list[Prompt]:
     ]
 
 
-class _Log:
-    def __init__(self) -> None:
-        self.next_step = 0
-        self.steps: list[Mapping[str, float]] = []
-
-    def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None:
-        if failures:
-            raise RuntimeError(f"step {step} of a benchmark failed: {failures[0].reason}")
-
-    def finish_step(
-        self,
-        step: int,  # noqa: ARG002  (the protocol's)
-        metrics: Mapping[str, float],
-        samples: Sequence[Sample],  # noqa: ARG002
-    ) -> None:
-        self.steps.append(metrics)
-
-
 def _run_steps(
     config: RunConfig, model: Path, reward_model: Path, prompts: list[Prompt]
 ) -> list[Mapping[str, float]]:
     assert config.ppo is not None
     reporter = Reporter()
-    log = _Log()
+    log = KeptSteps()
     with Session(config, reporter, StopRequest(reporter.say)) as session:
         parts = session.parts(
             model, config.reward.terms, lambda: _learners(config, model, reward_model)

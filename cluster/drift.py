@@ -22,7 +22,7 @@ import json
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +38,9 @@ from cluster.drift_watch import FIGURES
 from cluster.hub import local_model
 from cluster.progress import Reporter
 from cluster.session import Session
+from cluster.step import Sample
 from cluster.stop import StopRequest
-from cluster.train import Sample, train
+from cluster.train import KeptSteps, train
 from learner.batch import build_batch
 from learner.config import DriftConfig, OptimizerConfig, PPOConfig
 from learner.group import PPOLearners
@@ -77,24 +78,6 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
-
-
-@dataclass
-class GateLog:
-    """Keeps what the loop reports."""
-
-    next_step: int = 0
-    steps: list[Mapping[str, float]] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-
-    def finish_step(
-        self,
-        step: int,  # noqa: ARG002  (the protocol's)
-        metrics: Mapping[str, float],
-        samples: Sequence[Sample],
-    ) -> None:
-        self.steps.append(metrics)
-        self.samples = list(samples)
 
 
 def run_drift_gate(
@@ -199,7 +182,7 @@ def examine_drift(
     ppo = config.ppo
     assert ppo is not None
     prompts = gate_prompts(config, rollouts.context_length)
-    log = GateLog()
+    log = KeptSteps()
     before = learners.export_weights(0, [])
     rollouts.load(other_weights(config.policy_model))
     rollouts.load(before)

@@ -18,9 +18,10 @@ from cluster.health import Watch, is_coarse
 from cluster.metrics import MetricsWriter
 from cluster.resume import as_json, check_inputs, differences, input_digests
 from cluster.stages import Workplace
+from cluster.step import Sample, failure_row, probe_sequences, sample_row
 from cluster.step_lines import StepLines
 from cluster.stop import Stopped
-from cluster.train import Sample, failure_row, probe_sequences, sample_row, train
+from cluster.train import train
 from learner.config import PPOConfig
 from learner.group import PPOLearners
 

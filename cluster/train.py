@@ -7,36 +7,30 @@ prompt is answered.
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
-
-import numpy as np
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from actors.config import SamplingConfig
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
-from actors.trajectory import Prompt, SampleFailure, Trajectory
+from actors.trajectory import SampleFailure
 from cluster.drift_watch import DriftWatch, weight_metrics
+from cluster.step import (
+    Measure,
+    Sample,
+    Step,
+    collect,
+    describe,
+    probe_sequences,
+    sample_ids,
+    watched,
+)
 from learner.batch import build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
-from learner.sample_filter import EXPLANATIONS, FilterReason, filter_reasons
 from reward_service.config import RetryConfig
 from reward_service.rewards import Reward
-from reward_service.score import Score
 from reward_service.scoring import score_stream
-
-PROBE_SEQUENCES = 2
-PROBE_TOKENS = 8
-"""Enough to show a stale or misplaced tensor, which moves every log-probability, and cheap: of
-each step's full sequences the log-probabilities are compared anyway when they are learned from."""
-
-Measure = Callable[[Trajectory], Mapping[str, float]]
-"""Figures about a sample that are recorded but never trained on (true quality)."""
 
 
 class TrainingLog(Protocol):
@@ -52,119 +46,29 @@ class TrainingLog(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """A trajectory with its score and measured figures.
+class KeptSteps:
+    """A log that keeps every step's metrics and the last step's samples; a failure is an error."""
 
-    Attributes:
-        filtered: Why it is not trained on, or None.
-    """
+    def __init__(self) -> None:
+        self.next_step = 0
+        self.steps: list[Mapping[str, float]] = []
+        self.samples: list[Sample] = []
 
-    trajectory: Trajectory
-    score: Score
-    measured: Mapping[str, float]
-    filtered: FilterReason | None = None
-
-
-@dataclass
-class Step:
-    """What one step submitted and what became of it: every sample is in exactly one list.
-
-    Attributes:
-        submitted: The ``sample_id`` of every sample that was asked for.
-    """
-
-    submitted: list[str]
-    samples: list[Sample] = field(default_factory=list)
-    filtered: list[Sample] = field(default_factory=list)
-    failures: list[SampleFailure] = field(default_factory=list)
-    extra: int = 0
-    """Those of the submitted samples that were asked in place of filtered ones."""
-    extra_rounds: int = 0
-    extra_prompts: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def scored(self) -> list[Sample]:
-        return self.samples + self.filtered
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-    def set_aside(self, config: PPOConfig) -> None:
-        """Move the samples that ``config`` filters from ``samples`` to ``filtered``."""
-        reasons = filter_reasons(
-            [s.trajectory for s in self.samples], [s.score for s in self.samples], config
-        )
-        judged = [replace(s, filtered=reasons.get(s.trajectory.sample_id)) for s in self.samples]
-        self.samples = [sample for sample in judged if sample.filtered is None]
-        self.filtered += [sample for sample in judged if sample.filtered is not None]
-
-    def replacements(
-        self, prompts: PromptStream, number: int, config: PPOConfig, samples_per_prompt: int
-    ) -> list[Prompt]:
-        """One prompt for each group without spread that has not been replaced yet, to be asked
-        in a further round of step ``number``; none when there is to be no further round."""
-        rule = config.dynamic_sampling
-        if rule is None or self.extra_rounds == rule.max_extra_rounds:
-            return []
-        flat = {s.trajectory.prompt.prompt_id for s in self.filtered if s.filtered == "no_spread"}
-        found = prompts.replacements(number, self.extra_prompts, len(flat) - self.extra_prompts)
-        if found:
-            self.extra_rounds += 1
-            self.extra_prompts += len(found)
-            ids = sample_ids(found, samples_per_prompt)
-            self.extra += len(ids)
-            self.submitted += ids
-        return found
-
-    def check_accounts(self, smallest_share: float) -> None:
-        """``submitted = trained + filtered + failed``, sample by sample, and enough of it trained.
-
-        Samples that were asked in place of filtered ones do not raise what is enough.
-
-        Raises:
-            RuntimeError: A sample was lost or came twice, or too many samples failed or were
-                filtered; names the sample or the most frequent reason.
-        """
-        found = Counter(s.trajectory.sample_id for s in self.scored)
-        found.update(f.sample_id for f in self.failures)
-        if found != Counter(self.submitted):
-            wrong = sorted((found - Counter(self.submitted)) | (Counter(self.submitted) - found))
+    def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None:
+        if failures:
             raise RuntimeError(
-                f"the accounts of this step do not balance: {len(self.submitted)} samples were "
-                f"submitted, {len(self.samples)} are to be trained on, {len(self.filtered)} were "
-                f"filtered and {len(self.failures)} failed; lost, doubled or unknown: "
-                f"{', '.join(wrong[:5])}"
-            )
-        trained, lost = len(self.samples), len(self.filtered) + len(self.failures)
-        if trained < smallest_share * (len(self.submitted) - self.extra) or not trained:
-            reasons = Counter(f"{f.stage}: {f.reason}" for f in self.failures)
-            reasons.update(EXPLANATIONS[s.filtered] for s in self.filtered if s.filtered)
-            raise RuntimeError(
-                f"{lost} of {len(self.submitted)} samples of this step failed or were filtered, "
-                f"more than ppo.min_trained_share allows; most often because of "
-                f"{reasons.most_common(1)[0][0]} (failed ones are in quarantine.jsonl; go on with "
-                "--resume when the cause is gone)"
+                f"step {step}: {failures[0].stage} of {failures[0].sample_id} failed: "
+                f"{failures[0].reason}"
             )
 
-    def check_learned(self, metrics: Mapping[str, float]) -> None:
-        """The learners trained on exactly these samples and their tokens.
-
-        Raises:
-            RuntimeError: Masks or lengths were damaged on the way.
-        """
-        tokens = sum(len(sample.trajectory.response_ids) for sample in self.samples)
-        learned = metrics["ppo/samples"], metrics["ppo/tokens"]
-        if learned != (len(self.samples), tokens):
-            raise RuntimeError(
-                f"the learners trained on {learned[1]:.0f} response tokens of {learned[0]:.0f} "
-                f"samples, but the step has {tokens} of {len(self.samples)}: masks or lengths were "
-                "damaged on the way; go on with --resume from the last checkpoint"
-            )
+    def finish_step(
+        self,
+        step: int,  # noqa: ARG002  (the protocol's)
+        metrics: Mapping[str, float],
+        samples: Sequence[Sample],
+    ) -> None:
+        self.steps.append(metrics)
+        self.samples = list(samples)
 
 
 def train(
@@ -200,7 +104,7 @@ def train(
                     collect(step, score_stream(reward, answers, retry=retry), measure, stop)
                     if stop():
                         return False
-                    step.set_aside(config)
+                    step.filter(config)
                     asked = step.replacements(prompts, number, config, sampling.samples_per_prompt)
             finally:
                 log.set_aside(number, step.failures)
@@ -224,131 +128,3 @@ def train(
         log.finish_step(number, metrics, step.scored)
         progress(number + 1, config.steps, watched(metrics))
     return True
-
-
-def sample_ids(prompts: Sequence[Prompt], samples_per_prompt: int) -> list[str]:
-    """What a step submits, by the identity that each sample keeps."""
-    return [f"{p.prompt_id}#{index}" for p in prompts for index in range(samples_per_prompt)]
-
-
-def collect(
-    step: Step,
-    scored: Iterator[tuple[Trajectory, Score] | SampleFailure],
-    measure: Measure,
-    stop: Callable[[], bool],
-) -> None:
-    """Sort a stream of scored samples into ``step``, in an order that arrival cannot change."""
-    for item in scored:
-        if isinstance(item, SampleFailure):
-            step.failures.append(item)
-        else:
-            trajectory, score = item
-            step.samples.append(
-                Sample(trajectory=trajectory, score=score, measured=measure(trajectory))
-            )
-        if stop():
-            return
-    step.samples.sort(key=lambda s: (s.trajectory.prompt.prompt_id, s.trajectory.sample_index))
-    step.failures.sort(key=lambda f: (f.prompt.prompt_id, f.sample_index))
-
-
-def probe_sequences(samples: Sequence[Sample]) -> list[list[int]]:
-    """Real sequences on which engine and learner must agree after the update."""
-    chosen = samples[:: max(1, len(samples) // PROBE_SEQUENCES)][:PROBE_SEQUENCES]
-    sequences = [
-        [*s.trajectory.prompt.token_ids.tolist(), *s.trajectory.response_ids.tolist()]
-        for s in chosen
-    ]
-    return [ids[-PROBE_TOKENS:] for ids in sequences]
-
-
-def describe(step: Step) -> dict[str, float]:
-    """Figures of a step that do not come from the learners.
-
-    Rewards and responses are those of all scored samples, filtered ones included: what the policy
-    does must not look better because the bad is left out.
-    """
-    scored = step.scored
-    values = np.array([s.score.value for s in scored])
-    lengths = np.array([len(s.trajectory.response_ids) for s in scored])
-    ended = [s.trajectory.finish_reason == "stop" for s in scored]
-    tokens = float(lengths.sum())
-    figures: dict[str, float] = {
-        "samples/submitted": len(step.submitted),
-        "samples/trained": len(step.samples),
-        "samples/filtered": len(step.filtered),
-        "samples/failed": len(step.failures),
-        **{
-            f"samples/failed_{stage}": sum(f.stage == stage for f in step.failures)
-            for stage in ("generation", "scoring")
-        },
-        "reward/mean": float(values.mean()),
-        "reward/std": float(values.std()),
-        "reward/min": float(values.min()),
-        "reward/max": float(values.max()),
-        "response/length_mean": float(lengths.mean()),
-        "response/length_max": float(lengths.max()),
-        "response/eos_rate": float(np.mean(ended)),
-        "tokens/response": tokens,
-    }
-    for group in ("components", "measured"):
-        names = sorted({name for s in scored for name in _figures(s, group)})
-        prefix = "reward/" if group == "components" else "measured/"
-        for name in names:
-            found = [_figures(s, group)[name] for s in scored if name in _figures(s, group)]
-            figures[f"{prefix}{name}"] = float(np.mean(found))
-    reasons = [sample.filtered for sample in step.filtered]
-    figures |= {f"samples/filtered_{r}": reasons.count(r) for r in sorted(set(reasons))}
-    if step.extra_rounds:
-        figures["samples/extra_rounds"] = step.extra_rounds
-    figures |= {f"seconds/{phase}": value for phase, value in step.seconds.items()}
-    total = sum(step.seconds.values())
-    figures["seconds/step"] = total
-    figures["tokens/per_second"] = tokens / total if total else 0.0
-    return figures
-
-
-def watched(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The few figures that belong beside the progress bar."""
-    names = {
-        "reward/mean": "reward",
-        "ppo/kl_sequence": "KL",
-        "response/length_mean": "length",
-        "measured/good": "good",
-    }
-    return {short: metrics[name] for name, short in names.items() if name in metrics}
-
-
-def _figures(sample: Sample, group: str) -> Mapping[str, float]:
-    return sample.score.components if group == "components" else sample.measured
-
-
-def failure_row(step: int, failure: SampleFailure) -> dict[str, Any]:
-    """A failure as it is written to ``quarantine.jsonl``; ``step`` counts from 1, as in metrics."""
-    return {
-        "step": step,
-        "sample_id": failure.sample_id,
-        "prompt": failure.prompt.text,
-        "response": failure.response,
-        "stage": failure.stage,
-        "reason": failure.reason,
-        "attempts": failure.attempts,
-    }
-
-
-def sample_row(sample: Sample) -> dict[str, Any]:
-    """A sample as it is written to ``samples/step_*.jsonl``."""
-    trajectory = sample.trajectory
-    return {
-        "sample_id": trajectory.sample_id,
-        "prompt_id": trajectory.prompt.prompt_id,
-        "prompt": trajectory.prompt.text,
-        "response": trajectory.response_text,
-        "score": sample.score.value,
-        "components": dict(sample.score.components),
-        "length": len(trajectory.response_ids),
-        "finish_reason": trajectory.finish_reason,
-        "policy_version": int(trajectory.policy_versions[-1]),
-        **({"filtered": sample.filtered} if sample.filtered else {}),
-        **sample.measured,
-    }

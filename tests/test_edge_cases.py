@@ -29,7 +29,7 @@ from actors.fingerprint import template_fingerprint
 from actors.prompts import tokenize_prompts
 from actors.rollout import RolloutPool
 from actors.trajectory import Prompt, SampleFailure, Trajectory
-from cluster.train import Sample, probe_sequences, sample_row
+from cluster.step import Sample, probe_sequences, sample_row
 from learner.batch import build_batch
 from learner.config import OptimizerConfig, PPOConfig
 from reward_service.encoding import RewardHead, Truncation

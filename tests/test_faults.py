@@ -19,7 +19,8 @@ from actors.config import EngineConfig, RolloutConfig, SamplingConfig
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
 from actors.trajectory import Prompt, SampleFailure
-from cluster.train import Sample, train
+from cluster.step import Sample
+from cluster.train import train
 from learner.batch import PPOBatch
 from learner.config import LearnersConfig, PPOConfig
 from learner.group import PPOLearners

@@ -13,7 +13,8 @@ from actors.config import EngineConfig, RolloutConfig, SamplingConfig
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
 from actors.trajectory import Prompt, SampleFailure, Trajectory
-from cluster.train import Sample, Step, train
+from cluster.step import Sample, Step
+from cluster.train import train
 from learner.config import KLConfig, LearnersConfig, OptimizerConfig, PPOConfig
 from learner.group import PPOLearners
 from reward_service.score import Score

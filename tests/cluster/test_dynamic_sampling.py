@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,7 +12,8 @@ import pytest
 from actors.config import SamplingConfig
 from actors.prompts import PromptStream
 from actors.trajectory import Prompt, SampleFailure, Trajectory
-from cluster.train import Sample, train
+from cluster.step import Sample
+from cluster.train import train
 from learner.batch import PPOBatch
 from learner.config import PPOConfig
 from reward_service.score import Score
@@ -134,7 +136,7 @@ def test_flat_groups_are_replaced_until_the_step_is_full_or_the_prompts_run_out(
         assert len(set(every)) == len(every) <= 12, "no prompt twice in a step"
         flat = {name for name in every if int(name[1:]) % 2 == 0 and name != "p04"}
         # Each round asks one prompt for every flat group of the round before.
-        for before, after in zip(asked, asked[1:], strict=False):
+        for before, after in itertools.pairwise(asked):
             assert len(after) == min(len(flat & set(before)), 12 - every.index(after[0]))
         assert metrics["samples/submitted"] == 2 * len(every)
         assert metrics["samples/filtered"] == metrics["samples/filtered_no_spread"] == 2 * len(flat)
@@ -156,7 +158,7 @@ def test_a_resumed_run_asks_the_same_prompts() -> None:
     whole, resumed = run(rounds=2)[0], run(rounds=2, start=2)[0]
     assert resumed.asked == [(number, ids) for number, ids in whole.asked if number >= 2]
     plain = PromptStream(PROMPTS, 6, seed=0)
-    firsts = {number: ids for number, ids in reversed(whole.asked)}
+    firsts = dict(reversed(whole.asked))
     assert firsts == {n: [p.prompt_id for p in plain.batch(n)] for n in range(4)}
 
 

@@ -18,7 +18,7 @@ from cluster.metric import Metric
 from cluster.metrics import MetricsWriter
 from cluster.ppo_stage import PPOLog
 from cluster.report import write_report
-from cluster.train import Sample, Step, describe
+from cluster.step import Sample, Step, describe
 from learner.config import PPOConfig
 from reward_service.score import Score
 from tests.cluster.synthetic_run import write_synthetic_run
@@ -70,7 +70,7 @@ def one_step() -> dict[str, float]:
         seed=0,
     )
     score = Score(sample_id="p#0", value=1.0, components={"style": 1.0, "length": 0.5})
-    step = Step(submitted=1)
+    step = Step(submitted=["p#0"])
     for phase in ("generate", "learn", "broadcast"):
         with step.timed(phase):
             step.samples = [Sample(trajectory=trajectory, score=score, measured={"good": 1.0})]

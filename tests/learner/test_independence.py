@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.trajectory import Prompt, Trajectory
-from cluster.train import Step, collect
+from cluster.step import Step, collect
 from learner.batch import PPOBatch, build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
@@ -159,7 +159,7 @@ def test_the_order_of_arrival_changes_no_bit(tiny_llama: Path, tmp_path: Path) -
     for _ in range(20):
         shuffle.shuffle(trajectories)
         shuffle.shuffle(scores)
-        step = Step(submitted=24)
+        step = Step(submitted=[])
         arriving = iter([(t, score_of[t.sample_id]) for t in trajectories])
         collect(step, arriving, measure=lambda _: {}, stop=lambda: False)
         sorted_by_loop = build_batch(
