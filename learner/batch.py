@@ -274,7 +274,8 @@ def take_rows(
 ) -> MicroBatch:
     """Cut the given rows out of a batch of arrays shaped as those of ``PPOBatch``."""
     prompts, responses = prompt_lengths[rows].astype(np.int64), response_lengths[rows]
-    width = int((prompts + responses).max()) - 1
+    # A learner without samples takes a row without response, of a prompt of one token perhaps.
+    width = max(1, int((prompts + responses).max()) - 1)
     ids = input_ids[rows].astype(np.int64)
     owner = np.repeat(np.arange(len(rows)), responses)
     first = np.repeat(np.cumsum(responses) - responses, responses)

@@ -119,6 +119,14 @@ def test_rows_of_a_micro_batch_by_hand() -> None:
     assert cut.slots.tolist() == [3, 4, 5, 0]
 
 
+def test_a_row_without_response_still_has_an_input() -> None:
+    """What a learner takes that has no sample in a step, when the prompt is a single token."""
+    none = np.array([0], np.int32)
+    cut = take_rows(np.array([0]), np.array([[5, 9]], np.int32), none + 1, none, 3)
+    assert cut.input_ids.tolist() == [[5]]
+    assert len(cut.positions) == len(cut.targets) == len(cut.slots) == 0
+
+
 lengths_of = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 
 
