@@ -17,9 +17,9 @@ CLOCKS = ("time", "seconds/", "ppo/seconds", "tokens/per_second", "tokens_per_se
 
 
 def picky(*, response_ids: list[int], **_: Any) -> float:
-    """A reward function that fails for one response in five or so, the same ones every time."""
-    if sum(response_ids) % 5 == 0:
-        raise ArithmeticError("a multiple of five")
+    """A reward function that fails for one response in seven or so, the same ones every time."""
+    if sum(response_ids) % 7 == 0:
+        raise ArithmeticError("a multiple of seven")
     return len(set(response_ids)) / len(response_ids) + (response_ids[0] % 16) / 16
 
 
@@ -46,9 +46,10 @@ def write_config(directory: Path, run_dir: Path, model: Path, **changes: Mapping
             "epochs": 2,
             "minibatches": 2,
             "checkpoint_every": 3,
+            "min_trained_share": 0.1,
             "tokens_per_micro_batch": 64,
             "kl": {"adaptive": True, "coef": 0.1},
-            "policy": {"learning_rate": 3e-3, "warmup_share": 0.2},
+            "policy": {"learning_rate": 1e-3, "warmup_share": 0.2},
             "critic": {"learning_rate": 3e-3, "schedule": "cosine"},
         },
         "evaluate": {"prompts": 2},

@@ -33,7 +33,7 @@ def test_runs_killed_at_any_point_end_with_the_same_bits(tmp_path: Path) -> None
     assert rows[0].keys() == {
         "step", "sample_id", "prompt", "response", "stage", "reason", "attempts",
     }  # fmt: skip
-    assert all("a multiple of five" in row["reason"] and row["attempts"] == 3 for row in rows)
+    assert all("a multiple of seven" in row["reason"] and row["attempts"] == 3 for row in rows)
     steps = [json.loads(x) for x in (tmp_path / "ppo/reference/ppo/metrics.jsonl").open()]
     assert sum(step["samples/failed_scoring"] for step in steps) == len(rows) > 0
     for step in steps:
