@@ -138,21 +138,29 @@ def _of_linear(
     """A linear layer, whose rows are those of several tensors when vLLM fuses them."""
     parent, _, own = name.rpartition(".")
     parts = [f"{parent}.{part}" if parent else part for part in packed.get(own, [own])]
-    weights = [tensors.get(f"{part}.weight") for part in parts]
-    if all(weight is not None for weight in weights):
-        wanted = [w.t() if transposed else w for w in weights if w is not None]
-        if sum(len(w) for w in wanted) == module.output_size:
-            used = _weight_of(module, wanted[0].shape[1], module.params_dtype)
-            for part, sent, rows in zip(
-                parts, wanted, torch.split(used, [len(w) for w in wanted]), strict=True
-            ):
-                yield _Use(f"{part}.weight", sent, rows, repr(f"{part}.weight"))
-    biases = [tensors.get(f"{part}.bias") for part in parts]
-    if getattr(module, "bias", None) is not None and all(bias is not None for bias in biases):
-        sizes = [len(b) for b in biases if b is not None]
-        for part, sent_bias, used in zip(parts, biases, module.bias.split(sizes), strict=True):
-            assert sent_bias is not None
-            yield _Use(f"{part}.bias", sent_bias, used, repr(f"{part}.bias"))
+    weights = _named(tensors, [f"{part}.weight" for part in parts])
+    if transposed:
+        weights = {key: weight.t() for key, weight in weights.items()}
+    if sum(map(len, weights.values())) == module.output_size:
+        width = next(iter(weights.values())).shape[1]
+        yield from _in_rows(weights, _weight_of(module, width, module.params_dtype))
+    biases = _named(tensors, [f"{part}.bias" for part in parts])
+    if biases and getattr(module, "bias", None) is not None:
+        yield from _in_rows(biases, module.bias)
+
+
+def _named(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors of these names, or none when one of them is not there."""
+    found = {name: tensors[name] for name in names if name in tensors}
+    return found if len(found) == len(names) else {}
+
+
+def _in_rows(sent: Mapping[str, Tensor], used: Tensor) -> Iterator[_Use]:
+    """Tensors that lie one after the other in the rows of a fused one."""
+    start = 0
+    for name, tensor in sent.items():
+        yield _Use(name, tensor, used[start : start + len(tensor)], repr(name))
+        start += len(tensor)
 
 
 def _of_embedding(name: str, module: Any, tensors: Mapping[str, Tensor]) -> Iterator[_Use]:
