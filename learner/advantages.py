@@ -27,8 +27,12 @@ def masked(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the true positions of ``mask``, of which there must be one or more."""
-    return masked(values, mask).sum() / mask.sum()
+    """Mean over the true positions of ``mask``, of which there must be one or more.
+
+    Added up in float64, so that the mean of equal float32 numbers is that number: the difference
+    to it, 0, is what whitening would otherwise divide by next to nothing.
+    """
+    return (masked(values, mask).sum(dtype=torch.float64) / mask.sum()).to(values.dtype)
 
 
 def masked_var(values: Tensor, mask: Tensor) -> Tensor:
@@ -151,19 +155,14 @@ def rloo(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
 
 
 def rewards_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """``A_t = r_t + gamma * A_{t+1}``: the return from each token on, without a baseline.
+    """``A_t = r_t + gamma * A_{t+1}``: the return from each token on, without a baseline, which
+    is GAE with lambda 1 and no values.
 
     With gamma 1, the score on the last token and the KL penalty on every token this is REINFORCE++
     (arXiv 2501.03262), ``A_t = r - coef * sum of kl_u over u >= t``, before its whitening over the
     global batch.
     """
-    rewards = masked(rewards, mask)
-    advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        following = masked(rewards[:, t] + gamma * following, mask[:, t])
-        advantages[:, t] = following
-    return advantages
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, lam=1.0)[0]
 
 
 def subtract_group_mean(rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:

@@ -58,6 +58,16 @@ def test_a_metric_without_a_number_draws_nothing() -> None:
     assert draw_unknown(table, HEALTH, x_label="x") == ([], [])
 
 
+def test_without_a_critic_its_charts_are_left_out() -> None:
+    rising = [1.0, 2.0, 3.0]
+    table = frame(
+        ppo__clip_fraction=rising, ppo__grad_norm_policy=rising, ppo__groups_without_spread=rising
+    )
+    charts = {chart.title: chart for chart in draw_panels(table, HEALTH, x_label="PPO step")}
+    assert set(charts) == {"Clipped tokens", "Gradient norm", "Groups without spread"}
+    assert charts["Gradient norm"].legend == ()
+
+
 def test_what_never_moves_is_flat() -> None:
     charts = draw_panels(
         frame(ppo__kl_coef=[0.05] * 4, samples__failed=[0, 0, 1, 0]), HEALTH, x_label="x"

@@ -82,7 +82,7 @@ def plain_advantages(
             [sum(decay ** (u - t) * deltas[u] for u in range(t, len(r))) for t in range(len(r))]
         )
         returns.append([a + x for a, x in zip(advantages[-1], v, strict=True)])
-    return (_whiten(advantages) if config.whiten_advantages else advantages), returns
+    return (_whiten(advantages) if config.whitens_advantages else advantages), returns
 
 
 def plain_estimates(
