@@ -99,6 +99,7 @@ def run(
             measure=lambda _: {},
             stop=lambda: False,
             progress=lambda *_: None,
+            warn=lambda _: None,
             retry=RetryConfig(pause_s=0.01),
         )
         return log

@@ -12,6 +12,7 @@ import pytest
 from actors.config import SamplingConfig
 from actors.prompts import PromptStream
 from actors.trajectory import Prompt, SampleFailure, Trajectory
+from actors.weights import UpdateConfirmation, WeightUpdate
 from cluster.step import Sample
 from cluster.train import train
 from learner.batch import PPOBatch
@@ -58,8 +59,18 @@ class Pool:
                     seed=index,
                 )
 
-    def load(self, update: Any) -> None:
-        pass
+    def load(self, update: WeightUpdate) -> list[UpdateConfirmation]:
+        return [
+            UpdateConfirmation(
+                actor="pool-0",
+                version=update.version,
+                probe_max_error=0.0,
+                probe_mean_error=0.0,
+                seconds_verify=0.0,
+                seconds_load=0.0,
+                seconds_probe=0.0,
+            )
+        ]
 
 
 class EvenPromptsAreFlat:
@@ -81,10 +92,19 @@ class Learners:
 
     def update(self, batch: PPOBatch) -> dict[str, float]:
         self.batches.append(batch)
-        return {}
+        return {
+            "ppo/samples": float(len(batch)),
+            "ppo/tokens": float(batch.response_tokens),
+            "ppo/engine_delta_mean": 0.0,
+            "ppo/engine_delta_max": 0.0,
+            "ppo/effective_sample_size": 1.0,
+            "ppo/engine_correlation": 1.0,
+        }
 
-    def export_weights(self, version: int, probe_sequences: Sequence[Sequence[int]]) -> int:
-        return version
+    def export_weights(
+        self, version: int, probe_sequences: Sequence[Sequence[int]]
+    ) -> WeightUpdate:
+        return WeightUpdate(version=version, manifest={}, tensors={}, probe=None)
 
 
 class Log:
@@ -92,6 +112,10 @@ class Log:
         self.next_step = next_step
         self.metrics: list[Mapping[str, float]] = []
         self.samples: list[list[tuple[str, str | None]]] = []
+        self.failures: list[list[str]] = []
+
+    def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None:
+        self.failures.append([f.sample_id for f in failures])
 
     def finish_step(
         self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]
@@ -124,6 +148,7 @@ def run(rounds: int, *, start: int = 0, share: float = 0.1) -> tuple[Pool, Learn
         measure=lambda _: {},
         stop=lambda: False,
         progress=lambda *_: None,
+        warn=lambda _: None,
     )
     return pool, learners, log
 

@@ -28,12 +28,13 @@ from tests.learner.test_ppo import ppo
 
 
 def padded(batch: PPOBatch, *, columns: int, slots: int, fill: int) -> PPOBatch:
-    """The same samples with more room on the right, and other rubbish in all of the padding."""
+    """The same samples with more room on the right, and other rubbish in the padding (but for
+    rewards, which a batch refuses to hold beyond the end of a response)."""
     rows = len(batch)
     ids = np.full((rows, batch.input_ids.shape[1] + columns), fill, np.int32)
     placed = {
-        name: np.full((rows, batch.rewards.shape[1] + slots), np.nan, np.float32)
-        for name in ("engine_logprobs", "rewards")
+        name: np.full((rows, batch.rewards.shape[1] + slots), rubbish, np.float32)
+        for name, rubbish in (("engine_logprobs", np.nan), ("rewards", 0.0))
     }
     for row in range(rows):
         length = int(batch.prompt_lengths[row] + batch.response_lengths[row])
@@ -48,7 +49,7 @@ def padded(batch: PPOBatch, *, columns: int, slots: int, fill: int) -> PPOBatch:
 def test_amount_and_content_of_the_padding_change_no_bit(
     changes: dict[str, Any], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """Id 2 is EOS, so this is also padding with EOS; NaN stands where no reward is."""
+    """Id 2 is EOS, so this is also padding with EOS; NaN stands where the engine said nothing."""
     batch = random_batch(7, seed=3)
     results, metrics = [], []
     variants = [
