@@ -20,10 +20,10 @@ from cluster.config import ClusterConfig, RunConfig
 def demand(config: RunConfig, *, learners: bool) -> dict[str, float]:
     """CPUs and GPUs that the actors of a run reserve at the same time."""
     rollout, service, group = config.rollout, config.reward.service, config.learners
-    served = any(term.model is not None for term in config.reward.terms) or (
-        not config.reward.terms and config.reward_model is not None
-    )
-    replicas = service.num_replicas if served else 0
+    served = sum(len(term.members) for term in config.reward.terms)
+    if not config.reward.terms and config.reward_model is not None:
+        served = 1
+    replicas = served * service.most_replicas
     count = group.num_learners if learners else 0
     return {
         "CPU": rollout.num_actors * rollout.num_cpus_per_actor

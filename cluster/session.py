@@ -84,7 +84,7 @@ class Session:
 
     def reward(self, terms: Sequence[RewardTerm]) -> Reward:
         """The weighted sum of ``terms``; starts the reward service if one of them is a model."""
-        models = {term.name: Path(term.model) for term in terms if term.model is not None}
+        models = {n: Path(path) for term in terms for n, path in term.members.items()}
         if models and self._service is None:
             self.connect()
             self._service = RewardService.start(self._config.reward.service, models)
