@@ -18,6 +18,7 @@ from cluster.stop import Stopped
 from cluster.train import Sample, sample_row, train
 from learner.config import PPOConfig
 from learner.group import PPOLearners
+from reward_service.statistics import drift
 
 SAMPLES_EVERY = 5
 """Steps between files of written-out samples; the first and the last step always have one."""
@@ -34,8 +35,11 @@ class PPOLog:
         writer: MetricsWriter,
         store: CheckpointStore,
         next_step: int,
+        references: Mapping[str, Sequence[float]],
     ) -> None:
+        """``references`` are the scores that each reward model was normalised on, as quantiles."""
         self.next_step = next_step
+        self._references = references
         self._directory = directory
         self._config = config
         self._learners = learners
@@ -46,6 +50,7 @@ class PPOLog:
         self, step: int, metrics: Mapping[str, float], samples: Sequence[Sample]
     ) -> None:
         done = step + 1
+        metrics = {**metrics, **score_drift(samples, self._references)}
         self._writer.write(done, metrics, total=self._config.steps)
         if step % SAMPLES_EVERY == 0 or done == self._config.steps:
             self._write_samples(done, samples)
@@ -64,6 +69,22 @@ class PPOLog:
         with path.open("w", encoding="utf-8") as file:
             for sample in samples:
                 file.write(json.dumps(sample_row(sample), ensure_ascii=False) + "\n")
+
+
+def score_drift(
+    samples: Sequence[Sample], references: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """How far each reward model's scores have moved from those that it was normalised on.
+
+    In standard deviations of the latter (``reward_service.statistics.drift``). A reward model
+    knows texts like those; the further away, the less its scores are worth.
+    """
+    figures = {}
+    for name, reference in references.items():
+        scores = [s.score.components[name] for s in samples if name in s.score.components]
+        if scores:
+            figures[f"reward/{name}_drift"] = drift(scores, reference)
+    return figures
 
 
 def run_ppo(work: Workplace) -> dict[str, Any]:
@@ -94,7 +115,8 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
         tensorboard=work.run_dir / "tensorboard",
         resume_step=start if work.resume else None,
     )
-    log = PPOLog(directory, config.ppo, learners, writer, store, start)
+    references = work.session.score_references()
+    log = PPOLog(directory, config.ppo, learners, writer, store, start, references)
     work.session.forget_weights()
     with writer, work.reporter.bar("PPO") as bar:
         bar.update(start, config.ppo.steps, {})

@@ -93,6 +93,12 @@ class Session:
         config = RewardConfig(terms=tuple(terms), service=self._config.reward.service)
         return build_reward(config, scorers)
 
+    def score_references(self) -> dict[str, tuple[float, ...]]:
+        """For each served model that knows them, quantiles of the scores it was normalised on."""
+        if self._service is None:
+            return {}
+        return {n: s.reference for n, s in self._service.statuses.items() if s.reference}
+
     def parts(
         self,
         model: Path,

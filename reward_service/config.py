@@ -152,7 +152,10 @@ class RewardServiceConfig(StrictConfig):
     max_chars: int = Field(200_000, ge=1, description="characters in one item")
     max_tokens: int = Field(32_768, ge=1, description="tokens in one item, the context permitting")
     max_body_bytes: int = Field(16 << 20, ge=1024, description="bytes in one request")
-    max_queued_requests: int = Field(256, ge=1, description="beyond it requests get a 503")
+    max_ongoing_requests: int = Field(256, ge=1, description="that a process holds at once")
+    max_queued_requests: int = Field(
+        256, ge=1, description="that wait for a process; beyond it requests get a 503"
+    )
     start_timeout_s: float = Field(300.0, gt=0, description="every model must be loaded by then")
     timeout_s: float = Field(120.0, gt=0, description="deadline of one request, retries included")
     max_retries: int = Field(5, ge=0, description="when a replica dies under a request")

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import (
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 5.0
 
-Handle = DeploymentHandle[Any]
+Handle: TypeAlias = DeploymentHandle[Any]
 
 
 class Dispatcher:

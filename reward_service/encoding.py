@@ -7,6 +7,7 @@ fingerprint that guards the tokenizer underneath, and the normalisation of the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,29 @@ HEAD_FILE = "reward_head.json"
 
 
 class RewardHead(BaseModel):
-    """What a reward-model checkpoint says beside its weights: ``score = gain * raw + bias``."""
+    """What a reward-model checkpoint says beside its weights.
+
+    ``score = activation(gain * raw + bias)``; a classifier's score is the probability that a text
+    is flagged.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     format_version: Literal[1] = 1
     gain: float
     bias: float
+    activation: Literal["identity", "sigmoid"] = "identity"
     fingerprint: str = Field(min_length=1, description="of tokenizer and chat template")
     eos_appended: Literal[True] = True
     base: str = Field("", description="the model that training started from")
     info: dict[str, Any] = Field(default_factory=dict, description="accuracy and the like")
+
+    def score(self, raw: float) -> float:
+        """The normalised score of the network's raw output; NaN stays NaN."""
+        value = self.gain * raw + self.bias
+        if self.activation == "identity":
+            return value
+        return 1.0 / (1.0 + math.exp(-value)) if value > -500 else 0.0
 
     def save(self, directory: Path) -> None:
         path = directory / HEAD_FILE

@@ -203,10 +203,10 @@ def _add_wire_format(
             )
         )
         metrics.count(answer)
-        for index, error in enumerate(answer.errors):
-            if error is not None:  # the format has no place for an item's own error
+        for index, reason in enumerate(answer.errors):
+            if reason is not None:  # the format has no place for an item's own error
                 raise RequestError(
-                    422, "invalid_items", f"item {index} cannot be scored: {error}", param="items"
+                    422, "invalid_items", f"item {index} cannot be scored: {reason}", param="items"
                 )
         written = spoken.write(request, answer, int(time.time()))
         return JSONResponse(written, headers=_version_headers(answer))
@@ -222,7 +222,7 @@ def _wire_model(chosen: str | None, sent: str | None, names: Sequence[str]) -> s
     client's own); else the first model."""
     if chosen is not None:
         return _pick_model(chosen, names)
-    return sent if sent in names else names[0]
+    return sent if sent is not None and sent in names else names[0]
 
 
 def _add_models(app: FastAPI, backend: Backend) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
 
 from reward_service.score import ModelScores
 from reward_service.statistics import ModelStatus
@@ -25,30 +26,53 @@ class ServiceMetrics:
     """Counters of requests, and gauges of the models as they are at a scrape."""
 
     def __init__(self, ingress: str = "0") -> None:
-        self._registry = CollectorRegistry()
-        labels = {"namespace": PREFIX, "registry": self._registry}
+        self._ingress = ingress
+        self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "requests", "HTTP requests answered", ["ingress", "route", "status"], **labels
+            "requests",
+            "HTTP requests answered",
+            ["ingress", "route", "status"],
+            namespace=PREFIX,
+            registry=registry,
         )
         self._seconds = Histogram(
             "request_seconds",
             "Time to answer",
             ["ingress", "route"],
             buckets=SECONDS,
-            **labels,
+            namespace=PREFIX,
+            registry=registry,
         )
-        self._in_flight = Gauge("requests_in_flight", "HTTP requests", ["ingress"], **labels)
+        self._in_flight = Gauge(
+            "requests_in_flight", "HTTP requests", ["ingress"], namespace=PREFIX, registry=registry
+        )
         self._items = Counter(
-            "items", "Items scored over HTTP", ["ingress", "model", "outcome"], **labels
+            "items",
+            "Items scored over HTTP",
+            ["ingress", "model", "outcome"],
+            namespace=PREFIX,
+            registry=registry,
         )
-        self._tokens = Counter("tokens", "Tokens scored over HTTP", ["ingress", "model"], **labels)
-        self._ingress = ingress
-        self.requests = _Bound(self._requests, ingress)
-        self.seconds = _Bound(self._seconds, ingress)
-        self.in_flight = self._in_flight.labels(ingress)
+        self._tokens = Counter(
+            "tokens",
+            "Tokens scored over HTTP",
+            ["ingress", "model"],
+            namespace=PREFIX,
+            registry=registry,
+        )
+
+    def begin(self) -> None:
+        """A request comes in."""
+        self._in_flight.labels(self._ingress).inc()
+
+    def end(self, route: str, status: int, seconds: float) -> None:
+        """It has been answered."""
+        self._in_flight.labels(self._ingress).dec()
+        self._requests.labels(self._ingress, route, str(status)).inc()
+        self._seconds.labels(self._ingress, route).observe(seconds)
 
     def count(self, answer: ModelScores) -> None:
-        """An answer that goes out."""
+        """Scores that go out."""
         failed = sum(error is not None for error in answer.errors)
         items = self._items
         items.labels(self._ingress, answer.model, "scored").inc(len(answer.errors) - failed)
@@ -62,18 +86,7 @@ class ServiceMetrics:
         return generate_latest(self._registry) + generate_latest(models)
 
 
-class _Bound:
-    """A metric whose first label is this process."""
-
-    def __init__(self, metric: Counter | Histogram, ingress: str) -> None:
-        self._metric = metric
-        self._ingress = ingress
-
-    def labels(self, *values: str) -> Counter | Histogram:
-        return self._metric.labels(self._ingress, *values)
-
-
-class _Models:
+class _Models(Collector):
     def __init__(self, statuses: Iterable[ModelStatus]) -> None:
         self._statuses = list(statuses)
 

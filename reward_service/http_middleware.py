@@ -55,14 +55,12 @@ class Measured:
                 status = message["status"]
             await send(message)
 
-        self._metrics.in_flight.inc()
+        self._metrics.begin()
         try:
             await self._app(scope, receive, noting)
         finally:
-            self._metrics.in_flight.dec()
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, str(status)).inc()
-            self._metrics.seconds.labels(route).observe(time.perf_counter() - started)
+            self._metrics.end(route, status, time.perf_counter() - started)
 
 
 class Authenticated:

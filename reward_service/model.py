@@ -221,7 +221,7 @@ class RewardModel:
         for batch in batches_by_length([len(i) for i in inputs], budget):
             raw = self._forward([inputs[i] for i in batch])
             for index, row in zip(batch, raw, strict=True):
-                found[index] = tuple(self.head.gain * value + self.head.bias for value in row)
+                found[index] = tuple(map(self.head.score, row))
         return found
 
     @torch.inference_mode()

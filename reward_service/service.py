@@ -36,9 +36,6 @@ from reward_service.score import Scorer
 from reward_service.security import check_binding, read_token_digests
 from reward_service.statistics import ModelStatus
 
-CONCURRENT_CALLS = 256
-"""Requests that a replica or ingress holds at once; the rest wait in the caller's queue."""
-
 
 class RewardService:
     """The application as its driver sees it.
@@ -221,14 +218,16 @@ def _deployment_name(model: str) -> str:
     return f"model-{model}"
 
 
-def application(config: ServeApplicationConfig) -> serve.Application:
+def application(args: dict[str, Any]) -> serve.Application:
     """What ``serve deploy`` builds: ``import_path: reward_service.service:application``, with
     ``args`` as in ``deploy/serve.yaml``. A model's directory can be changed while it serves, in
     ``user_config`` of the deployment ``model-<name>``.
 
     Raises:
-        FileNotFoundError, ValueError: A directory is not a reward model, or a name is wrong.
+        FileNotFoundError, ValueError: A directory is not a reward model, or a name or a setting
+            is wrong.
     """
+    config = ServeApplicationConfig.model_validate(args)
     check_names(config.models, config.service)
     for directory in config.models.values():
         check_files(directory)
@@ -250,7 +249,7 @@ def _application(
         "HF_HUB_OFFLINE": "1",
     }
     limits: dict[str, Any] = {
-        "max_ongoing_requests": CONCURRENT_CALLS,
+        "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
         "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=2),
         "graceful_shutdown_timeout_s": config.shutdown_timeout_s,
