@@ -19,7 +19,12 @@ from reward_service.config import (
     RewardTerm,
     check_names,
 )
-from reward_service.security import TOKEN_VARIABLE, check_binding, read_token_digests
+from reward_service.security import (
+    TOKEN_VARIABLE,
+    check_binding,
+    is_loopback,
+    read_token_digests,
+)
 
 
 def serve_until_stopped(models: Sequence[str], service: RewardServiceConfig) -> None:
@@ -66,6 +71,7 @@ def reload_running(model: str, host: str, port: int, timeout_s: float) -> str:
             json={"directory": str(Path(directory).resolve())},
             headers=headers,
             timeout=timeout_s,
+            trust_env=not is_loopback(host),
         )
         body = answer.json()
     except (httpx.TransportError, ValueError) as error:

@@ -72,7 +72,8 @@ class RewardHead(BaseModel):
 class Encoded:
     """A reward model's input: ``[T]`` ids, and the index of the response's first token.
 
-    ``response_start`` is None where the tokenizer does not tell which characters a token covers.
+    ``response_start`` is None where the tokenizer does not tell which characters a token covers,
+    or the chat template rewrites the response.
     """
 
     ids: list[int]
@@ -131,7 +132,7 @@ def encode_text(
     eos = _eos(tokenizer)
     if messages:
         text = _render_dialogue(tokenizer, messages, response)
-        begins = max(0, text.rfind(response.strip()))
+        begins = text.rfind(response.strip())
     else:
         text, begins = prompt + response, len(prompt)
     # Rendered dialogues often have a line break after the end-of-turn token; the score is read
@@ -145,7 +146,9 @@ def encode_text(
         text, add_special_tokens=not has_bos, return_offsets_mapping=tokenizer.is_fast
     )
     ids = list(tokens["input_ids"])
-    start = _first_token_after(tokens["offset_mapping"], begins) if tokenizer.is_fast else None
+    start = None
+    if tokenizer.is_fast and begins >= 0:  # a template may rewrite what it is given
+        start = _first_token_after(tokens["offset_mapping"], begins)
     return _finished(tokenizer, ids, start, max_tokens, truncation)
 
 

@@ -144,8 +144,8 @@ class RewardModel:
                 encoded = self._encode(item, truncation, limit)
                 if per_token and encoded.response_start is None:
                     raise ValueError(
-                        "per-token values need a tokenizer that tells which characters a token "
-                        "covers (a fast one): send token ids, or leave per_token out"
+                        "per-token values need to know where the response begins, which this "
+                        "tokenizer or chat template hides: send token ids, or leave per_token out"
                     )
             except (ValueError, TypeError) as error:  # TypeError: half a surrogate pair
                 inputs.append(None)
