@@ -74,12 +74,16 @@ class OnceForEachKey(Generic[Answer]):
 
     def _forget_old(self) -> None:
         oldest = self._clock() - self._seconds
-        finished = [k for k, c in self._calls.items() if c.finished_at is not None]
         surplus = len(self._calls) - self._entries + 1
-        for number, key in enumerate(finished):  # in the order in which they came
-            finished_at = self._calls[key].finished_at
-            if number < surplus or (finished_at is not None and finished_at < oldest):
-                del self._calls[key]
+        old: list[str] = []
+        for key, call in self._calls.items():  # in the order in which they came
+            if call.finished_at is None:
+                continue
+            if len(old) >= surplus and call.finished_at >= oldest:
+                break
+            old.append(key)
+        for key in old:
+            del self._calls[key]
 
 
 async def _awaited(start: Callable[[], Awaitable[Answer]]) -> Answer:

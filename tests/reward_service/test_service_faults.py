@@ -74,6 +74,17 @@ def put(service: RewardService, name: str, directory: str) -> httpx.Response:
     )
 
 
+def reload_surely(service: RewardService, directory: str) -> None:
+    """A reload changes nothing when it is asked for twice, so it may be tried again."""
+    for _ in range(60):
+        answer = put(service, "quality", directory)
+        if answer.status_code == 200:
+            return
+        assert answer.status_code >= 500, answer.text
+        time.sleep(0.5)
+    raise AssertionError(answer.text)
+
+
 def post(service: RewardService, body: Any, **headers: str) -> httpx.Response:
     return httpx.post(f"{service.url}/v1/score", json=body, headers=AUTH | headers, timeout=60)
 
@@ -152,15 +163,15 @@ def test_every_request_is_answered_once_over_kills_and_reloads(
     """The small form of ``tests/reward_service/fault_load.py``: a hundred requests in flight."""
 
     def disturb() -> None:
-        assert put(service, "quality", "two").status_code == 200
+        reload_surely(service, "two")
         kill_one("model-quality")
-        assert put(service, "quality", "one").status_code == 200
+        reload_surely(service, "one")
         kill_one("Ingress")
-        assert put(service, "quality", "two").status_code == 200
+        reload_surely(service, "two")
 
     report = run_load(service.url, TOKEN, "quality", expected, requests=400, at_once=100,
                       disturb=disturb)  # fmt: skip
-    assert report.answered == 400
+    assert report.answered == report.requests >= 400
     assert report.wrong == report.mixed == 0
     assert report.versions == set(expected)
 
