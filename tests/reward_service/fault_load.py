@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from tests.reward_service.test_service import ITEMS
 
@@ -99,13 +99,15 @@ async def _load(
     disturbance: threading.Thread,
     timeout_s: float,
 ) -> None:
-    limits = httpx.Limits(max_connections=at_once, max_keepalive_connections=at_once)
+    # aiohttp: httpx looks through all its connections at every request.
     headers = {"Authorization": f"Bearer {token}"}
     numbers = iter(range(10**9))
     in_flight = 0
 
-    async with httpx.AsyncClient(
-        limits=limits, headers=headers, timeout=timeout_s, trust_env=False
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=at_once),
+        headers=headers,
+        timeout=aiohttp.ClientTimeout(total=timeout_s),
     ) as client:
 
         async def worker() -> None:
@@ -126,7 +128,7 @@ async def _load(
 
 async def _one(
     report: LoadReport,
-    client: httpx.AsyncClient,
+    client: aiohttp.ClientSession,
     url: str,
     model: str,
     expected: Mapping[str, tuple[float | None, ...]],
@@ -139,17 +141,16 @@ async def _one(
     for tries in range(200):
         report.tries += 1
         try:
-            answer = await client.post(
+            async with client.post(
                 f"{url}/v1/score", json=body, headers={"Idempotency-Key": f"r{number}"}
-            )
-        except httpx.TransportError as error:
+            ) as answer:
+                if answer.status == 200:
+                    _check(report, await answer.json(), expected, start, count)
+                    return
+                _count(report, str(answer.status))
+                assert answer.status >= 500, await answer.text()
+        except aiohttp.ClientError as error:
             _count(report, type(error).__name__)
-        else:
-            if answer.status_code == 200:
-                _check(report, answer.json(), expected, start, count)
-                return
-            _count(report, str(answer.status_code))
-            assert answer.status_code >= 500, answer.text
         await asyncio.sleep(min(2.0, 0.1 * 2**tries) * (0.5 + rng.random()))
     raise AssertionError(f"request {number} was not answered")
 
