@@ -152,7 +152,9 @@ class Requests:
 
 
 def _header(text: str) -> str:
-    return "".join(c for c in text if c in string.ascii_letters + string.digits + " -_")[:300]
+    """What a client's own library lets through."""
+    kept = [c for c in text if c in string.ascii_letters + string.digits + " -_"]
+    return "".join(kept)[:300].strip()
 
 
 def main() -> None:
