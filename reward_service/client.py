@@ -6,6 +6,7 @@ deadline, and never return a partial answer.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -75,7 +76,8 @@ class HandleScorer:
         from ray.exceptions import RayActorError, RayTaskError
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-        for tries in range(self._max_retries + 1):
+        lost = 0
+        for tries in itertools.count():
             try:
                 answer: ModelScores = call.result(timeout_s=max(0.0, deadline - time.monotonic()))
                 return answer
@@ -84,18 +86,21 @@ class HandleScorer:
                     f"reward model {self._model!r} did not score {len(chunk)} items within "
                     f"{self._timeout_s:g} s: raise reward.service.timeout_s or add replicas"
                 ) from None
-            except (RayActorError, BackPressureError, DeploymentUnavailableError) as error:
-                last = error
+            except BackPressureError:  # nothing is wrong: it is asked again until the deadline
+                pass
+            except (RayActorError, DeploymentUnavailableError) as error:
+                lost += 1
+                if lost > self._max_retries:
+                    raise RuntimeError(
+                        f"reward model {self._model!r} was lost {lost} times under the same "
+                        f"request ({type(error).__name__}): look at the replica's log for the "
+                        "cause, often too little memory"
+                    ) from error
             except RayTaskError as error:
                 raise RuntimeError(f"reward model {self._model!r} failed: {error.cause}") from error
-            if tries < self._max_retries:
-                time.sleep(retry_pause(tries, deadline))
-                call = self._handle.score_batch.remote(list(chunk), truncation)
-        raise RuntimeError(
-            f"reward model {self._model!r} was lost {self._max_retries + 1} times under the same "
-            f"request ({type(last).__name__}): look at the replica's log for the cause, often "
-            "too little memory"
-        ) from last
+            time.sleep(retry_pause(tries, deadline))
+            call = self._handle.score_batch.remote(list(chunk), truncation)
+        raise AssertionError("unreachable: the count has no end")
 
 
 class HttpScorer:

@@ -223,7 +223,7 @@ def scaled(service: RewardService, root: Path) -> Iterator[RewardService]:
         num_cpus_per_replica=0.1,
         batch_wait_s=0.5,
         max_ongoing_requests=14,
-        max_queued_requests=1,
+        max_queued_requests=12,
         autoscaling=AutoscalingConfig(
             min_replicas=1,
             max_replicas=2,
@@ -270,8 +270,8 @@ def test_replicas_come_with_a_long_queue_and_go_with_a_short_one(scaled: RewardS
 
 def test_a_full_queue_answers_503_and_says_when_to_come_back(scaled: RewardService) -> None:
     body = {"items": [{"text": "rain"}]}
-    with ThreadPoolExecutor(40) as pool:
-        answers = [f.result() for f in [pool.submit(post, scaled, body) for _ in range(40)]]
+    with ThreadPoolExecutor(60) as pool:
+        answers = [f.result() for f in [pool.submit(post, scaled, body) for _ in range(60)]]
     assert {a.status_code for a in answers} == {200, 503}
     busy = next(a for a in answers if a.status_code == 503)
     assert int(busy.headers["Retry-After"]) >= 1
