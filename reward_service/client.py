@@ -6,7 +6,6 @@ deadline, and never return a partial answer.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -76,8 +75,8 @@ class HandleScorer:
         from ray.exceptions import RayActorError, RayTaskError
         from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-        lost = 0
-        for tries in itertools.count():
+        lost = tries = 0
+        while True:
             try:
                 answer: ModelScores = call.result(timeout_s=max(0.0, deadline - time.monotonic()))
                 return answer
@@ -99,8 +98,8 @@ class HandleScorer:
             except RayTaskError as error:
                 raise RuntimeError(f"reward model {self._model!r} failed: {error.cause}") from error
             time.sleep(retry_pause(tries, deadline))
+            tries += 1
             call = self._handle.score_batch.remote(list(chunk), truncation)
-        raise AssertionError("unreachable: the count has no end")
 
 
 class HttpScorer:
