@@ -55,6 +55,7 @@ class DataConfig(StrictConfig):
     prompt_field: str = "prompt"
     response_field: str = "response"
     text_field: str = Field("text", description="of a corpus, and of prompt_words")
+    label_field: str = Field("flagged", description="of labelled texts: true or false, 1 or 0")
     chosen_field: str = "chosen"
     rejected_field: str = "rejected"
     title_field: str = Field("title", description="of news_paragraphs")

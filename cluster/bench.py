@@ -43,9 +43,13 @@ def run_benchmark(what: str, *, as_json: bool, repeats: int) -> None:
     """Run one benchmark and print its table, or one JSON line."""
     with tempfile.TemporaryDirectory(prefix="rlhf-bench-") as directory:
         place = Path(directory)
-        result = {"ppo": bench_ppo, "weights": bench_weights, "start": bench_start}[what](
-            place, repeats
-        )
+        benchmarks = {
+            "ppo": bench_ppo,
+            "weights": bench_weights,
+            "start": bench_start,
+            "reward": bench_scoring,
+        }
+        result = benchmarks[what](place, repeats)
     if as_json:
         print(json.dumps(result))
         return
@@ -155,6 +159,14 @@ def bench_start(place: Path, repeats: int) -> dict[str, Any]:
             next(parts.rollouts.generate(prompts, config.sampling, run_seed=0, round_index=0))
             seconds.append(time.perf_counter() - started)
     return {"seconds_to_first_sample": statistics.median(seconds), "all": seconds}
+
+
+def bench_scoring(place: Path, repeats: int) -> dict[str, Any]:
+    """The reward service with a 5-million-parameter model against bare torch."""
+    from cluster.bench_reward import bench_reward
+
+    _, reward_model = build_models(place, hidden=256, layers=6)
+    return bench_reward(reward_model, repeats)
 
 
 def build_models(place: Path, *, hidden: int, layers: int) -> tuple[Path, Path]:

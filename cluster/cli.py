@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.cli_serve import serve
+
 if TYPE_CHECKING:
     from cluster.config import RunConfig
     from cluster.pipeline import Pipeline
@@ -207,13 +209,23 @@ def collect(**options: Any) -> None:
 
 
 @stage_command("reward")
-def reward(**options: Any) -> None:
+@click.option(
+    "--labels",
+    metavar="FILE",
+    help="Train a classifier of flagged texts instead, from rows with `text` and `flagged`.",
+)
+def reward(labels: str | None, **options: Any) -> None:
     """Train the reward model on the collected comparisons.
 
     Writes RUN_DIR/reward_model and reports held-out accuracy beside the judges' own agreement
-    and the prefer-the-longer-text baseline.
+    and the prefer-the-longer-text baseline. With --labels it writes RUN_DIR/moderation, whose
+    score is the probability that a text is flagged: as a reward term with a negative weight it is
+    a penalty.
     """
-    open_pipeline(**options).run(only="reward")
+    if labels is not None:
+        open_pipeline(**options).train_moderation(labels)
+    else:
+        open_pipeline(**options).run(only="reward")
 
 
 @stage_command("ppo")
@@ -293,34 +305,7 @@ def generate(**options: Any) -> None:
     generate_texts(**options)
 
 
-@main.command("serve")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    required=True,
-    metavar="[NAME=]DIR",
-    help="Reward-model directory (RUN_DIR/reward_model); repeat it for several.",
-)
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="0 picks a free one.",
-)
-@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True)
-def serve(models: tuple[str, ...], host: str, port: int, replicas: int) -> None:
-    """Serve reward models over HTTP with Ray Serve until Ctrl-C.
-
-    \b
-    curl -s localhost:8000/v1/score -H 'content-type: application/json' \\
-      -d '{"items": [{"prompt": "Storm hits Riverton", "response": "Rain fell."}]}'
-    """
-    from cluster.serving import serve_until_stopped
-
-    serve_until_stopped(models, host=host, port=port, replicas=replicas)
+main.add_command(serve)
 
 
 @main.command("report")
@@ -402,7 +387,7 @@ def doctor(
 
 
 @main.command("bench")
-@click.argument("what", type=click.Choice(["ppo", "weights", "start"]))
+@click.argument("what", type=click.Choice(["ppo", "weights", "start", "reward"]))
 @click.option("--json", "as_json", is_flag=True, help="Only one JSON line on standard output.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 def bench(what: str, as_json: bool, repeats: int) -> None:
@@ -412,6 +397,7 @@ def bench(what: str, as_json: bool, repeats: int) -> None:
     ppo      one PPO iteration / bare vLLM generation + bare torch learning
     weights  one verified weight update / copying the same bytes
     start    from the start of a PPO run to its first finished sample
+    reward   scoring over HTTP / bare torch on the same batch, and 32 callers at once
     """
     from cluster.bench import run_benchmark
 

@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
+from actors.config import DataConfig
+from actors.data_files import read_rows
 from actors.datasets import (
     Preference,
     RawPrompt,
@@ -17,6 +19,7 @@ from actors.datasets import (
 from actors.newswire import Newswire, generate_newswire, true_quality
 from actors.trajectory import Demonstration, Trajectory
 from cluster.config import RunConfig
+from reward_service.comparison import LabelledText
 from reward_service.function import RewardFunction
 
 
@@ -82,6 +85,43 @@ class RunData:
             return {}
         quality = true_quality(trajectory.prompt.meta, trajectory.response_text)
         return {"true_quality": quality.score, "good": float(quality.good)}
+
+
+def load_labels(path: str, config: DataConfig) -> list[LabelledText]:
+    """Rows with a text and whether it is flagged.
+
+    The text is in ``text_field``; a row with ``prompt_field`` and ``response_field`` instead is a
+    response to be judged in its place.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read, or a row lacks a field; names the line.
+    """
+    found = []
+    for row in read_rows(path, config.split):
+        if config.label_field not in row.values:
+            raise ValueError(
+                f"{row.where}: field {config.label_field!r} is missing (data.label_field names it)"
+            )
+        flagged = row.values[config.label_field]
+        if flagged not in (0, 1):  # True and False are 1 and 0
+            raise ValueError(
+                f"{row.where}: field {config.label_field!r} must be true or false, got {flagged!r}"
+            )
+        prompt, text = "", row.values.get(config.text_field)
+        if text is None:
+            prompt = row.values.get(config.prompt_field, "")
+            text = row.values.get(config.response_field)
+        if not isinstance(text, str) or not isinstance(prompt, str):
+            raise ValueError(
+                f"{row.where}: a labelled row has a text in {config.text_field!r}, or texts in "
+                f"{config.prompt_field!r} and {config.response_field!r}"
+            )
+        text_id = str(row.values.get(config.id_field, row.default_id))
+        found.append(LabelledText(text_id=text_id, text=text, flagged=bool(flagged), prompt=prompt))
+    if config.limit is not None:
+        found = found[: config.limit]
+    return found
 
 
 def judged_quality(data: RunData, function: str | None) -> Callable[[RawPrompt, str], float]:

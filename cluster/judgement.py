@@ -52,13 +52,18 @@ def reference_samples(
     comparisons: Sequence[Comparison], config: RewardModelConfig
 ) -> list[tuple[str, tuple[Message, ...], str]]:
     """Samples of the policy among the candidates; all candidates when none is known to be one."""
-    candidates = {
-        (c.pair.prompt, c.pair.messages, side.text): side.model
+    by_text = {
+        # Turns are dictionaries, which cannot be part of a key.
+        (c.pair.prompt, repr(c.pair.messages), side.text): (c.pair.messages, side.model)
         for c in comparisons
         for side in (c.pair.a, c.pair.b)
     }
-    sampled = [key for key, model in candidates.items() if model == "policy"]
-    chosen = sampled or list(candidates)
+    candidates = [
+        ((prompt, messages, text), model)
+        for (prompt, _, text), (messages, model) in by_text.items()
+    ]
+    sampled = [sample for sample, model in candidates if model == "policy"]
+    chosen = sampled or [sample for sample, _ in candidates]
     return random.Random(0).sample(chosen, min(len(chosen), config.normalize_samples))
 
 

@@ -98,6 +98,26 @@ class Pipeline:
             stages.evaluate(self._workplace(session), models)
             stages.report(self._workplace(session))
 
+    def train_moderation(self, labels: str) -> None:
+        """A classifier from labelled texts, beside the run's reward model."""
+        self._config = with_local_model(self._config)
+        directory = self._config.run_dir
+        output = directory / "moderation"
+        quieten_libraries()
+        with RunLock(directory):
+            if self._overwrite:
+                _remove(output)
+            elif output.exists() and not self._resume:
+                raise FileExistsError(
+                    f"{directory} already holds moderation: go on with --resume, start anew with "
+                    "--overwrite, or choose another run_dir"
+                )
+            if not (directory / "config.yaml").exists():
+                write_config(self._config, directory / "config.yaml")
+            self._stop.install()
+            with Session(self._config, self._reporter, self._stop) as session:
+                stages.moderation(self._workplace(session), labels)
+
     def _run_stages(self, wanted: list[Stage], session: Session) -> None:
         workplace = self._workplace(session)
         for stage in wanted:

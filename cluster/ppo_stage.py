@@ -24,6 +24,7 @@ from cluster.stop import Stopped
 from cluster.train import train
 from learner.config import PPOConfig
 from learner.group import PPOLearners
+from reward_service.statistics import drift
 
 SAMPLES_EVERY = 5
 """Steps between files of written-out samples; the first and the last step always have one."""
@@ -35,6 +36,7 @@ class PPOLog:
 
     Args:
         inputs: Digests of the models that the run reads.
+        references: The scores that each reward model was normalised on, as quantiles.
         next_step: Step to go on with, counted from 0; lines of it and later ones are cut.
     """
 
@@ -47,12 +49,14 @@ class PPOLog:
         store: CheckpointStore,
         inputs: Mapping[str, str],
         next_step: int,
+        references: Mapping[str, Sequence[float]],
         watch: Watch,
         warn: Callable[[str], None],
     ) -> None:
         self.next_step = next_step
         self._watch = watch
         self._warn = warn
+        self._references = references
         self._directory = directory
         self._config = config
         self._learners = learners
@@ -71,6 +75,7 @@ class PPOLog:
     ) -> None:
         done = step + 1
         self._store.chosen_metric(metrics)  # said in the first step, not at the first checkpoint
+        metrics = {**metrics, **score_drift(samples, self._references)}
         self._writer.write(done, metrics, total=self._config.steps)
         for sentence in self._watch.step(done, metrics):
             self._warn(sentence)
@@ -100,6 +105,22 @@ class PPOLog:
             for sample in samples:
                 file.write(json.dumps(sample_row(sample), ensure_ascii=False) + "\n")
         partial.replace(path)
+
+
+def score_drift(
+    samples: Sequence[Sample], references: Mapping[str, Sequence[float]]
+) -> dict[str, float]:
+    """How far each reward model's scores have moved from those that it was normalised on.
+
+    In standard deviations of the latter (``reward_service.statistics.drift``). A reward model
+    knows texts like those; the further away, the less its scores are worth.
+    """
+    figures = {}
+    for name, reference in references.items():
+        scores = [s.score.components[name] for s in samples if name in s.score.components]
+        if scores:
+            figures[f"reward/{name}_drift"] = drift(scores, reference)
+    return figures
 
 
 def run_ppo(work: Workplace) -> dict[str, Any]:
@@ -151,6 +172,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
         store,
         inputs,
         start,
+        references=work.session.score_references(),
         watch=watch,
         warn=work.reporter.warn,
     )

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig, RunConfig
@@ -20,10 +22,10 @@ from cluster.config import ClusterConfig, RunConfig
 def demand(config: RunConfig, *, learners: bool) -> dict[str, float]:
     """CPUs and GPUs that the actors of a run reserve at the same time."""
     rollout, service, group = config.rollout, config.reward.service, config.learners
-    served = any(term.model is not None for term in config.reward.terms) or (
-        not config.reward.terms and config.reward_model is not None
-    )
-    replicas = service.num_replicas if served else 0
+    served = sum(len(term.members) for term in config.reward.terms)
+    if not config.reward.terms and config.reward_model is not None:
+        served = 1
+    replicas = served * service.most_replicas
     count = group.num_learners if learners else 0
     return {
         "CPU": rollout.num_actors * rollout.num_cpus_per_actor
@@ -50,14 +52,24 @@ def ray_session(config: RunConfig) -> Iterator[bool]:
     started_here = not ray.is_initialized()
     if started_here:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray turns token authentication on for what it starts; that is what we want, not news.
+        # Ray turns token authentication on for what it starts, unless RAY_AUTH_MODE says
+        # otherwise; that is what we want, not news.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        _give_token_without_home()
         ray.init(**_init_arguments(cluster, demand(config, learners=True)["CPU"]))
     try:
         yield started_here
     finally:
         if started_here:
             ray.shutdown()
+
+
+def _give_token_without_home() -> None:
+    """Ray keeps the token in the home directory; without one this session gets its own."""
+    named = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if os.access(Path.home(), os.W_OK) or any(name in os.environ for name in named):
+        return
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _init_arguments(cluster: ClusterConfig, cpus: float) -> dict[str, Any]:

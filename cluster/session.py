@@ -84,7 +84,7 @@ class Session:
 
     def reward(self, terms: Sequence[RewardTerm]) -> Reward:
         """The weighted sum of ``terms``; starts the reward service if one of them is a model."""
-        models = {term.name: Path(term.model) for term in terms if term.model is not None}
+        models = {n: Path(path) for term in terms for n, path in term.members.items()}
         if models and self._service is None:
             self.connect()
             self._service = RewardService.start(self._config.reward.service, models)
@@ -92,6 +92,12 @@ class Session:
         scorers = self._service.scorers() if self._service is not None else {}
         config = RewardConfig(terms=tuple(terms), service=self._config.reward.service)
         return build_reward(config, scorers)
+
+    def score_references(self) -> dict[str, tuple[float, ...]]:
+        """For each served model that knows them, quantiles of the scores it was normalised on."""
+        if self._service is None:
+            return {}
+        return {n: s.reference for n, s in self._service.statuses.items() if s.reference}
 
     def parts(
         self,

@@ -142,6 +142,34 @@ def reward(work: Workplace) -> Summary:
     return summary
 
 
+def moderation(work: Workplace, labels: str) -> Summary:
+    """A classifier of flagged texts, to be used as a penalty; writes ``moderation``."""
+    from cluster.data import load_labels
+    from learner.classifier import train_classifier
+    from learner.config import RewardModelConfig
+
+    config = work.config
+    output = work.run_dir / "moderation"
+    with work.watched("moderation", output) as on_step:
+        report = train_classifier(
+            config.reward_model or RewardModelConfig(),
+            load_labels(labels, config.data),
+            config.policy_model,
+            output,
+            seed=config.seed,
+            resume=work.resume,
+            on_step=on_step,
+            should_stop=work.stop,
+        )
+    work.reporter.say(
+        f"flags from {report.threshold:.3f} (best F1 on {report.validation_texts} validation "
+        f"texts); on {report.held_out_texts} held-out texts precision {report.precision or 0:.3f}, "
+        f"recall {report.recall or 0:.3f}, F1 {report.f1:.3f}, ROC AUC {report.roc_auc or 0:.3f}; "
+        f"{report.flagged_share:.1%} of them are flagged"
+    )
+    return asdict(report)
+
+
 def ppo(work: Workplace) -> Summary:
     from cluster.ppo_stage import run_ppo
 

@@ -36,6 +36,7 @@ from learner.supervised import OnStep, TrainingResult, train, use_threads
 from learner.token_batches import Ids
 from reward_service.comparison import Comparison, Rating
 from reward_service.encoding import RewardHead, encode
+from reward_service.statistics import quantiles
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,8 @@ def train_reward_model(
     )
     with use_threads(config.threads):
         samples = _reference_ids(config, reference_samples, items, encoder, seed)
-        gain, bias = normalisation(score_sequences(model, samples, config.tokens_per_micro_batch))
+        raw = score_sequences(model, samples, config.tokens_per_micro_batch)
+        gain, bias = normalisation(raw)
         figures = _held_out_figures(model, config, trained, held_out, seed)
     report = RewardModelReport(
         **figures,
@@ -173,7 +175,8 @@ def train_reward_model(
         bias=bias,
         fingerprint=template_fingerprint(tokenizer),
         base=str(model_dir),
-        info={k: v for k, v in asdict(report).items() if k != "training"},
+        info={k: v for k, v in asdict(report).items() if k != "training"}
+        | {"reference_quantiles": quantiles(gain * raw + bias)},
     ).save(output_dir)
     finish(output_dir, report)
     return report

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item", bound=Sized)
+Result = TypeVar("Result")
 
 
 def batches_by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -28,13 +32,15 @@ def batches_by_length(lengths: Sequence[int], token_budget: int) -> list[list[in
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    sequence: list[int]
+    sequence: Any
     since: float
-    done: asyncio.Future[float] = field(repr=False)
+    done: asyncio.Future[Any] = field(repr=False)
 
 
-class TokenBudgetBatcher:
+class TokenBudgetBatcher(Generic[Item, Result]):
     """Collects sequences from many callers and scores them in batches of similar length.
+
+    A sequence is anything with a length in tokens.
 
     Consumes what ``submit`` queues and wakes its callers. One task runs while there is work. The
     oldest sequence is in every batch, so a long one never starves behind short ones; the rest of
@@ -44,7 +50,7 @@ class TokenBudgetBatcher:
 
     def __init__(
         self,
-        forward: Callable[[list[list[int]]], list[float]],
+        forward: Callable[[list[Item]], list[Result]],
         *,
         token_budget: int,
         wait_s: float,
@@ -56,8 +62,8 @@ class TokenBudgetBatcher:
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def submit(self, sequences: Sequence[list[int]]) -> list[float]:
-        """Scores of the sequences, in order. Raises what ``forward`` raised for their batch."""
+    async def submit(self, sequences: Sequence[Item]) -> list[Result]:
+        """Results of the sequences, in order. Raises what ``forward`` raised for their batch."""
         loop = asyncio.get_running_loop()
         now = time.monotonic()
         waiting = [_Waiting(s, now, loop.create_future()) for s in sequences]

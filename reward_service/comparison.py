@@ -67,6 +67,16 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledText:
+    """A text that somebody flagged as offensive or harmful, or did not."""
+
+    text_id: str
+    text: str
+    flagged: bool
+    prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rating:
     """One annotator's 1-5 rating of one response on one criterion."""
 

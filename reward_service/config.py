@@ -3,44 +3,141 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from actors.config import StrictConfig
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+"""Of a served model: it appears in URLs, metrics and Serve's deployments."""
+
+Combination = Literal["mean", "minimum", "lower_bound"]
+
+WireFormat = Literal["native", "openrlhf", "slime", "vllm", "vllm_score", "sglang"]
+
 
 class RewardTerm(StrictConfig):
-    """One term of the reward: exactly one of ``model``, ``url`` and ``function``."""
+    """One term of the reward: exactly one of ``model``, ``models``, ``url`` and ``function``."""
 
     name: str = Field(description="appears in metrics as reward/<name>")
     weight: float = 1.0
     model: str | None = Field(None, description="reward-model directory, served by Ray Serve")
-    url: str | None = Field(None, description="a reward server that speaks POST /v1/score")
+    models: tuple[str, ...] | None = Field(
+        None, min_length=2, description="several such directories, which answer as one"
+    )
+    combine: Combination = Field(
+        "lower_bound",
+        description="of models: mean; minimum; lower_bound: mean - penalty x standard deviation",
+    )
+    penalty: float = Field(1.0, ge=0, description="of lower_bound, in standard deviations")
+    url: str | None = Field(
+        None, description="a reward server: its root, or the endpoint for openrlhf and slime"
+    )
+    format: WireFormat = Field("native", description="what the server at the url speaks")
+    served_model: str | None = Field(None, description="which of the models at the url")
+    token_env: str | None = Field(
+        None, description="environment variable that holds the token for the url"
+    )
     function: str | None = Field(None, description="package.module:function in Python")
 
     @model_validator(mode="after")
     def _exactly_one(self) -> RewardTerm:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", self.name):
+        if not NAME.fullmatch(self.name):
             raise ValueError(
                 f"reward term name {self.name!r} must be letters, digits, '_', '.' or '-': it "
                 "names the served model and its metrics"
             )
-        given = [k for k in ("model", "url", "function") if getattr(self, k) is not None]
+        kinds = ("model", "models", "url", "function")
+        given = [k for k in kinds if getattr(self, k) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"reward term {self.name!r} needs exactly one of model, url and function, "
+                f"reward term {self.name!r} needs exactly one of model, models, url and function, "
                 f"got {given or 'none'}"
             )
+        if self.url is not None and "@" in self.url.partition("://")[2].partition("/")[0]:
+            # The configuration is written into the run directory.
+            raise ValueError(
+                f"reward term {self.name!r} has a secret in its url: put the token into an "
+                "environment variable and name that in token_env"
+            )
+        return self
+
+    @property
+    def members(self) -> dict[str, str]:
+        """Directories that the service serves for this term, by the name they get there."""
+        if self.models is not None:
+            return {f"{self.name}.{i}": path for i, path in enumerate(self.models)}
+        return {} if self.model is None else {self.name: self.model}
+
+
+class AutoscalingConfig(StrictConfig):
+    """Replicas by the length of the queue. Delays are Serve's own defaults."""
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(4, ge=1)
+    target_ongoing_requests: float = Field(
+        8.0, gt=0, description="requests under way and waiting that a replica should have"
+    )
+    upscale_delay_s: float = Field(30.0, ge=0, description="how long the queue must be long")
+    downscale_delay_s: float = Field(600.0, ge=0, description="how long it must be short")
+    look_back_s: float = Field(30.0, gt=0, description="window over which requests are averaged")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscalingConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"autoscaling.min_replicas {self.min_replicas} is more than max_replicas "
+                f"{self.max_replicas}"
+            )
+        return self
+
+
+class EnsembleConfig(StrictConfig):
+    """Several reward models that answer as one, so that no single one's mistakes are paid for."""
+
+    members: tuple[str, ...] = Field(min_length=2, description="names of served models")
+    combine: Combination = Field(
+        "lower_bound",
+        description="mean; minimum; lower_bound: mean - penalty x standard deviation over members",
+    )
+    penalty: float = Field(
+        1.0, ge=0, description="of lower_bound, in standard deviations (arXiv 2310.02743)"
+    )
+
+    @model_validator(mode="after")
+    def _members_differ(self) -> EnsembleConfig:
+        if len(set(self.members)) != len(self.members):
+            raise ValueError(f"an ensemble's members must differ, got {list(self.members)}")
         return self
 
 
 class RewardServiceConfig(StrictConfig):
     """The Ray Serve application."""
 
-    host: str = Field("127.0.0.1", description="loopback unless told otherwise")
+    host: str = Field("127.0.0.1", description="anything but loopback needs tokens")
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    tokens_file: Path | None = Field(
+        None,
+        description="file with a token a line, of which every request must carry one; tokens in"
+        " the environment (RLHF_REWARD_TOKENS) count too",
+    )
+    models_root: Path | None = Field(
+        None, description="PUT /v1/models/NAME may load directories inside it; default: none"
+    )
+    log_texts: bool = Field(False, description="write what is scored into the replica's log")
+    ensembles: dict[str, EnsembleConfig] = Field(
+        default_factory=dict, description="further models made of served ones, by name"
+    )
     num_replicas: int = Field(1, ge=1, description="replicas of each model")
+    ingress_replicas: int = Field(
+        1, ge=1, description="HTTP processes; with 2 one can die without an outage"
+    )
+    autoscaling: AutoscalingConfig | None = Field(
+        None, description="replicas by the length of the queue instead of num_replicas"
+    )
     num_cpus_per_replica: float = Field(0.5, ge=0)
     num_gpus_per_replica: float = Field(0.0, ge=0)
     threads: int = Field(1, ge=1, description="CPU threads of a replica")
@@ -53,11 +150,56 @@ class RewardServiceConfig(StrictConfig):
     )
     max_items: int = Field(512, ge=1, description="items in one request")
     max_chars: int = Field(200_000, ge=1, description="characters in one item")
+    max_tokens: int = Field(32_768, ge=1, description="tokens in one item, the context permitting")
     max_body_bytes: int = Field(16 << 20, ge=1024, description="bytes in one request")
-    max_queued_requests: int = Field(256, ge=1, description="beyond it requests get a 503")
+    max_ongoing_requests: int = Field(256, ge=1, description="that a process holds at once")
+    max_queued_requests: int = Field(
+        256, ge=1, description="that wait for a process; beyond it requests get a 503"
+    )
     start_timeout_s: float = Field(300.0, gt=0, description="every model must be loaded by then")
     timeout_s: float = Field(120.0, gt=0, description="deadline of one request, retries included")
-    max_retries: int = Field(3, ge=0, description="when a replica dies under a request")
+    max_retries: int = Field(5, ge=0, description="when a replica dies under a request")
+    reload_timeout_s: float = Field(120.0, gt=0, description="a new version must be loaded by then")
+    shutdown_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        description="how long a replica that is taken down may finish what it has; more than a"
+        " model takes to load",
+    )
+    idempotency_seconds: float = Field(
+        600.0, ge=0, description="how long an answer to a request with a key is remembered"
+    )
+    idempotency_entries: int = Field(10_000, ge=1, description="answers remembered at most")
+
+    @property
+    def most_replicas(self) -> int:
+        """Replicas of each model when all are up."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas
+
+
+class ServeApplicationConfig(StrictConfig):
+    """``args`` of the application in a ``serve deploy`` file."""
+
+    models: dict[str, Path] = Field(min_length=1, description="name: reward-model directory")
+    service: RewardServiceConfig = RewardServiceConfig()
+
+
+def check_names(models: Mapping[str, object], config: RewardServiceConfig) -> None:
+    """Raises ValueError for a bad name, a name used twice, or an ensemble of unknown models."""
+    for name in [*models, *config.ensembles]:
+        if not NAME.fullmatch(name):
+            raise ValueError(
+                f"model name {name!r} must be letters, digits, '_', '.' or '-': it is part of URLs"
+            )
+    for name, ensemble in config.ensembles.items():
+        if name in models:
+            raise ValueError(f"a model and an ensemble are both called {name!r}")
+        unknown = sorted(set(ensemble.members) - set(models))
+        if unknown:
+            raise ValueError(
+                f"the ensemble {name!r} has members that are not served: {unknown}; served: "
+                f"{sorted(models)}"
+            )
 
 
 class RetryConfig(StrictConfig):

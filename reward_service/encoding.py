@@ -7,7 +7,9 @@ fingerprint that guards the tokenizer underneath, and the normalisation of the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +23,29 @@ HEAD_FILE = "reward_head.json"
 
 
 class RewardHead(BaseModel):
-    """What a reward-model checkpoint says beside its weights: ``score = gain * raw + bias``."""
+    """What a reward-model checkpoint says beside its weights.
+
+    ``score = activation(gain * raw + bias)``; a classifier's score is the probability that a text
+    is flagged.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     format_version: Literal[1] = 1
     gain: float
     bias: float
+    activation: Literal["identity", "sigmoid"] = "identity"
     fingerprint: str = Field(min_length=1, description="of tokenizer and chat template")
     eos_appended: Literal[True] = True
     base: str = Field("", description="the model that training started from")
     info: dict[str, Any] = Field(default_factory=dict, description="accuracy and the like")
+
+    def score(self, raw: float) -> float:
+        """The normalised score of the network's raw output; NaN stays NaN."""
+        value = self.gain * raw + self.bias
+        if self.activation == "identity":
+            return value
+        return 1.0 / (1.0 + math.exp(-value)) if value > -500 else 0.0
 
     def save(self, directory: Path) -> None:
         path = directory / HEAD_FILE
@@ -54,6 +68,21 @@ class RewardHead(BaseModel):
             raise ValueError(f"{path}: {field}: {first['msg']}") from None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoded:
+    """A reward model's input: ``[T]`` ids, and the index of the response's first token.
+
+    ``response_start`` is None where the tokenizer does not tell which characters a token covers,
+    or the chat template rewrites the response.
+    """
+
+    ids: list[int]
+    response_start: int | None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 def encode(
     tokenizer: Any,
     prompt: str,
@@ -63,6 +92,21 @@ def encode(
     max_tokens: int | None = None,
     truncation: Truncation = "error",
 ) -> list[int]:
+    """Token ids of a prompt with its response; see ``encode_text``."""
+    return encode_text(
+        tokenizer, prompt, messages, response, max_tokens=max_tokens, truncation=truncation
+    ).ids
+
+
+def encode_text(
+    tokenizer: Any,
+    prompt: str,
+    messages: Sequence[Message],
+    response: str,
+    *,
+    max_tokens: int | None = None,
+    truncation: Truncation = "error",
+) -> Encoded:
     """Token ids of a prompt with its response; the last id is always EOS.
 
     The score is read at that last token, so there is exactly one EOS at the end whether or not
@@ -78,29 +122,86 @@ def encode(
             the oldest tokens and keeps a leading BOS.
 
     Returns:
-        ``[T]`` ids. Plain text: what the tokenizer makes of ``prompt + response``, with the BOS
-        that it adds by itself. Dialogue: the chat template with the response as the assistant's
-        turn.
+        Plain text: what the tokenizer makes of ``prompt + response``, with the BOS that it adds
+        by itself. Dialogue: the chat template with the response as the assistant's turn.
 
     Raises:
         ValueError: No EOS token, no chat template for a dialogue or one that refuses it, too
             many tokens, or text that is not valid Unicode.
     """
-    eos_id: int | None = tokenizer.eos_token_id
-    if eos_id is None:
+    eos = _eos(tokenizer)
+    if messages:
+        text = _render_dialogue(tokenizer, messages, response)
+        begins = text.rfind(response.strip())
+    else:
+        text, begins = prompt + response, len(prompt)
+    # Rendered dialogues often have a line break after the end-of-turn token; the score is read
+    # at EOS.
+    if text.rstrip().endswith(eos):
+        text = text.rstrip()
+    # A template writes BOS itself where the model wants one; so does a client that renders one.
+    bos = tokenizer.bos_token
+    has_bos = bool(messages) or (bos is not None and text.startswith(bos))
+    tokens = tokenizer(
+        text, add_special_tokens=not has_bos, return_offsets_mapping=tokenizer.is_fast
+    )
+    ids = list(tokens["input_ids"])
+    start = None
+    if tokenizer.is_fast and begins >= 0:  # a template may rewrite what it is given
+        start = _first_token_after(tokens["offset_mapping"], begins)
+    return _finished(tokenizer, ids, start, max_tokens, truncation)
+
+
+def encode_ids(
+    tokenizer: Any,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    *,
+    vocabulary: int,
+    max_tokens: int | None = None,
+    truncation: Truncation = "error",
+) -> Encoded:
+    """Ids of the reward model's own tokenizer as its input: as given, with one EOS at the end.
+
+    Raises:
+        ValueError: An id that is not in the vocabulary, or too many of them.
+    """
+    _eos(tokenizer)
+    ids = [*prompt_ids, *response_ids]
+    for position, token in enumerate(ids):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"token id {token} at position {position} is not in the reward model's vocabulary "
+                f"of {vocabulary}: send ids of its own tokenizer, or text"
+            )
+    return _finished(tokenizer, ids, len(prompt_ids), max_tokens, truncation)
+
+
+def _eos(tokenizer: Any) -> str:
+    if tokenizer.eos_token_id is None:
         raise ValueError(
             "the reward model's tokenizer has no EOS token, and the score is read there: "
             "set tokenizer.eos_token and save the tokenizer again"
         )
-    if messages:
-        ids = _encode_dialogue(tokenizer, messages, response)
-    else:
-        ids = list(tokenizer(prompt + response, add_special_tokens=True)["input_ids"])
+    eos: str = tokenizer.eos_token
+    return eos
+
+
+def _finished(
+    tokenizer: Any,
+    ids: list[int],
+    response_start: int | None,
+    max_tokens: int | None,
+    truncation: Truncation,
+) -> Encoded:
+    """One EOS at the end, and within the context."""
+    eos_id: int = tokenizer.eos_token_id
     while ids and ids[-1] == eos_id:
         ids.pop()
     ids.append(eos_id)
+    start = None if response_start is None else min(response_start, len(ids) - 1)
     if max_tokens is None or len(ids) <= max_tokens:
-        return ids
+        return Encoded(ids=ids, response_start=start)
     if truncation == "error":
         raise ValueError(
             f"prompt and response have {len(ids)} tokens, the reward model's context is "
@@ -108,10 +209,22 @@ def encode(
         )
     keep_bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     head = ids[:1] if keep_bos and max_tokens > 1 else []
-    return head + ids[len(ids) - (max_tokens - len(head)) :]
+    dropped = len(ids) - max_tokens
+    kept = head + ids[len(head) + dropped :]
+    return Encoded(
+        ids=kept, response_start=None if start is None else max(len(head), start - dropped)
+    )
 
 
-def _encode_dialogue(tokenizer: Any, messages: Sequence[Message], response: str) -> list[int]:
+def _first_token_after(offsets: Sequence[tuple[int, int]], begins: int) -> int:
+    """The first token that covers a character at or after ``begins``; their number if none."""
+    for index, (first, last) in enumerate(offsets):
+        if last > begins and last > first:
+            return index
+    return len(offsets)
+
+
+def _render_dialogue(tokenizer: Any, messages: Sequence[Message], response: str) -> str:
     from jinja2.exceptions import TemplateError
 
     if not tokenizer.chat_template:
@@ -124,8 +237,4 @@ def _encode_dialogue(tokenizer: Any, messages: Sequence[Message], response: str)
         text: str = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the dialogue: {error}") from None
-    # Many templates put a line break after the end-of-turn token; the score is read at EOS.
-    if text.rstrip().endswith(tokenizer.eos_token):
-        text = text.rstrip()
-    # The template writes BOS itself where the model wants one.
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return text

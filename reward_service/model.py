@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,23 @@ import torch
 from actors.fingerprint import template_fingerprint
 from reward_service.batcher import batches_by_length
 from reward_service.checkpoint import check_files, content_version
-from reward_service.encoding import RewardHead, Truncation, encode
+from reward_service.encoding import Encoded, RewardHead, Truncation, encode_ids, encode_text
 from reward_service.score import ModelScores, ScoreItem
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInput:
+    """An encoded item, and whether a value is wanted for each token of its response."""
+
+    encoded: Encoded
+    per_token: bool = False
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+
+Values = tuple[float, ...]
+"""The score alone, or the value at each token of the response; the score is the last one."""
 
 
 class RewardModel:
@@ -102,85 +118,134 @@ class RewardModel:
     def fingerprint(self) -> str:
         return self.head.fingerprint
 
+    @property
+    def vocabulary(self) -> int:
+        """Ids below it have an embedding."""
+        return int(self._network.get_input_embeddings().num_embeddings)
+
     def encode_all(
-        self, items: Sequence[ScoreItem], truncation: Truncation = "error"
-    ) -> tuple[list[list[int] | None], list[str | None]]:
-        """Ids of every item, ``None`` with a reason for one that does not fit or is not text."""
-        encoded: list[list[int] | None] = []
+        self,
+        items: Sequence[ScoreItem],
+        truncation: Truncation = "error",
+        *,
+        per_token: bool = False,
+        max_tokens: int | None = None,
+    ) -> tuple[list[ModelInput | None], list[str | None]]:
+        """Every item as an input, ``None`` with a reason for one that does not fit or is no text.
+
+        ``max_tokens`` is a limit of the caller's, for models whose context has none.
+        """
+        limits = [limit for limit in (self.context, max_tokens) if limit is not None]
+        limit = min(limits, default=None)
+        inputs: list[ModelInput | None] = []
         errors: list[str | None] = []
         for item in items:
             try:
-                ids = encode(
-                    self.tokenizer,
-                    item.prompt,
-                    item.messages,
-                    item.response,
-                    max_tokens=self.context,
-                    truncation=truncation,
-                )
+                encoded = self._encode(item, truncation, limit)
+                if per_token and encoded.response_start is None:
+                    raise ValueError(
+                        "per-token values need to know where the response begins, which this "
+                        "tokenizer or chat template hides: send token ids, or leave per_token out"
+                    )
             except (ValueError, TypeError) as error:  # TypeError: half a surrogate pair
-                encoded.append(None)
+                inputs.append(None)
                 errors.append(str(error))
             else:
-                encoded.append(ids)
+                inputs.append(ModelInput(encoded=encoded, per_token=per_token))
                 errors.append(None)
-        return encoded, errors
+        return inputs, errors
 
-    def score(self, items: Sequence[ScoreItem], truncation: Truncation = "error") -> ModelScores:
+    def _encode(self, item: ScoreItem, truncation: Truncation, limit: int | None) -> Encoded:
+        if item.ids is not None:
+            return encode_ids(
+                self.tokenizer,
+                item.ids.prompt,
+                item.ids.response,
+                vocabulary=self.vocabulary,
+                max_tokens=limit,
+                truncation=truncation,
+            )
+        return encode_text(
+            self.tokenizer,
+            item.prompt,
+            item.messages,
+            item.response,
+            max_tokens=limit,
+            truncation=truncation,
+        )
+
+    def score(
+        self,
+        items: Sequence[ScoreItem],
+        truncation: Truncation = "error",
+        *,
+        per_token: bool = False,
+    ) -> ModelScores:
         """Score every item in order; one that cannot be encoded gets an error, alone."""
-        encoded, errors = self.encode_all(items, truncation)
-        found = iter(self.score_ids([ids for ids in encoded if ids is not None]))
-        scores = [None if ids is None else next(found) for ids in encoded]
-        return self.answer(scores, [len(ids or ()) for ids in encoded], errors)
+        inputs, errors = self.encode_all(items, truncation, per_token=per_token)
+        values = self.values([i for i in inputs if i is not None])
+        return self.answer(inputs, values, errors)
 
     def answer(
         self,
-        scores: Sequence[float | None],
-        tokens: Sequence[int],
+        inputs: Sequence[ModelInput | None],
+        values: Sequence[Values],
         errors: Sequence[str | None],
     ) -> ModelScores:
-        """Wrap raw results; a score that is not finite becomes an error, never a number."""
-        checked_scores: list[float | None] = []
-        checked_errors: list[str | None] = []
-        for score, error in zip(scores, errors, strict=True):
-            if score is not None and not math.isfinite(score):
-                score, error = None, f"the reward model gave {score}"
-            checked_scores.append(score)
-            checked_errors.append(error)
+        """Wrap raw results; a value that is not finite becomes an error, never a number.
+
+        ``values`` has one entry for each input that is not ``None``.
+        """
+        found = iter(values)
+        rows = [None if i is None else next(found) for i in inputs]
+        checked_errors = list(errors)
+        for index, row in enumerate(rows):
+            if row is not None and not all(map(math.isfinite, row)):
+                worst = next(value for value in row if not math.isfinite(value))
+                rows[index], checked_errors[index] = None, f"the reward model gave {worst}"
+        wanted = any(i is not None and i.per_token for i in inputs)
         return ModelScores(
             model=self.name,
             version=self.version,
             fingerprint=self.fingerprint,
-            scores=tuple(checked_scores),
-            tokens=tuple(tokens),
+            scores=tuple(None if row is None else row[-1] for row in rows),
+            tokens=tuple(0 if i is None else len(i) for i in inputs),
             errors=tuple(checked_errors),
+            per_token=tuple(rows) if wanted else (),
         )
 
-    def score_ids(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Normalised score of each id sequence, in order; may be NaN if the weights are broken."""
-        scores = [0.0] * len(sequences)
+    def values(self, inputs: Sequence[ModelInput]) -> list[Values]:
+        """Normalised values of each input, in order; may be NaN if the weights are broken."""
+        found: list[Values] = [()] * len(inputs)
         budget = 0 if self._one_by_one else self._token_budget
-        for batch in batches_by_length([len(s) for s in sequences], budget):
-            raw = self._forward([sequences[i] for i in batch])
-            for index, value in zip(batch, raw, strict=True):
-                scores[index] = self.head.gain * value + self.head.bias
-        return scores
+        for batch in batches_by_length([len(i) for i in inputs], budget):
+            raw = self._forward([inputs[i] for i in batch])
+            for index, row in zip(batch, raw, strict=True):
+                found[index] = tuple(map(self.head.score, row))
+        return found
 
     @torch.inference_mode()
-    def _forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Raw head output ``[B]`` at each sequence's last token."""
-        lengths = torch.tensor([len(s) for s in sequences])  # [B]
+    def _forward(self, inputs: Sequence[ModelInput]) -> list[list[float]]:
+        """Raw head output of each input at the tokens that are wanted of it."""
+        sequences = [i.encoded.ids for i in inputs]
         # Padding is on the right and the model is causal, so no real token sees it: any id will
         # do, and no mask is needed.
-        ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)  # [B, T]
+        longest = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), longest, dtype=torch.long)  # [B, T]
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.tensor(sequence)
         hidden = self._network.base_model(
             input_ids=ids.to(self._device), use_cache=False
         ).last_hidden_state  # [B, T, H]
-        last = hidden[torch.arange(len(sequences)), lengths - 1]  # [B, H]
-        values: list[float] = self._network.score(last)[:, 0].float().tolist()
-        return values
+        first = [(i.encoded.response_start or 0) if i.per_token else len(i) - 1 for i in inputs]
+        if not any(i.per_token for i in inputs):
+            last = hidden[torch.arange(len(sequences)), torch.tensor(first)]  # [B, H]
+            return [[v] for v in self._network.score(last)[:, 0].float().tolist()]
+        values = self._network.score(hidden)[:, :, 0].float()  # [B, T]
+        return [
+            values[row, start : len(sequence)].tolist()
+            for row, (start, sequence) in enumerate(zip(first, sequences, strict=True))
+        ]
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -7,6 +7,7 @@ still being generated, and tries again what failed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -15,8 +16,9 @@ import numpy as np
 
 from actors.trajectory import SampleFailure, Trajectory
 from reward_service.client import HttpScorer
-from reward_service.config import RewardConfig, RewardTerm
+from reward_service.config import EnsembleConfig, RewardConfig, RewardTerm
 from reward_service.encoding import Truncation
+from reward_service.ensemble import EnsembleScorer
 from reward_service.function import RewardFunction
 from reward_service.score import Score, ScoreItem, Scorer
 
@@ -187,16 +189,41 @@ def _build_term(
     if term.function is not None:
         return FunctionReward(term.function)
     if term.url is not None:
-        service = config.service
-        return ModelReward(
-            HttpScorer(term.url, timeout_s=service.timeout_s, max_retries=service.max_retries)
-        )
-    if scorers is None or term.name not in scorers:
+        return ModelReward(_remote_scorer(term, term.url, config))
+    found = scorers or {}
+    missing = sorted(set(term.members) - set(found))
+    if missing:
         raise ValueError(
-            f"reward term {term.name!r} is a model, but the reward service serves "
-            f"{sorted(scorers or ())}"
+            f"reward term {term.name!r} needs {missing}, but the reward service serves "
+            f"{sorted(found)}"
         )
-    return ModelReward(scorers[term.name])
+    members = [found[name] for name in term.members]
+    if term.models is None:
+        return ModelReward(members[0])
+    ensemble = EnsembleConfig(
+        members=tuple(term.members), combine=term.combine, penalty=term.penalty
+    )
+    return ModelReward(EnsembleScorer(term.name, members, ensemble))
+
+
+def _remote_scorer(term: RewardTerm, url: str, config: RewardConfig) -> HttpScorer:
+    token = None
+    if term.token_env is not None:
+        token = os.environ.get(term.token_env)
+        if not token:
+            raise ValueError(
+                f"reward term {term.name!r}: the environment variable {term.token_env}, which "
+                "should hold the token for its url, is not set"
+            )
+    service = config.service
+    return HttpScorer(
+        url,
+        model=term.served_model,
+        timeout_s=service.timeout_s,
+        max_retries=service.max_retries,
+        format=term.format,
+        token=token,
+    )
 
 
 def score_all(name: str, reward: Reward, trajectories: Sequence[Trajectory]) -> list[Scored]:

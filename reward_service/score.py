@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,15 +46,45 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ItemIds:
+    """A prompt and a response as token ids; EOS at the end may be there or not."""
+
+    prompt: tuple[int, ...] = ()
+    response: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreItem:
     """One text to score: a response after its prompt, or after a dialogue.
 
-    ``prompt`` is ignored when there are ``messages``; a bare text is a response to "".
+    ``prompt`` is ignored when there are ``messages``; a bare text is a response to "". With
+    ``ids`` (those of the reward model's own tokenizer) the texts are ignored altogether.
     """
 
-    response: str
+    response: str = ""
     prompt: str = ""
     messages: tuple[Message, ...] = ()
+    ids: ItemIds | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreCall:
+    """What a caller of the service asks for.
+
+    ``timeout_s`` is the time that is left for it. Calls with the same ``key`` are scored once.
+    """
+
+    model: str
+    items: tuple[ScoreItem, ...]
+    timeout_s: float
+    truncation: Truncation = "error"
+    per_token: bool = False
+    key: str = ""
+
+    def content(self) -> str:
+        """Hash of all that decides the answer."""
+        parts = (self.model, self.items, self.truncation, self.per_token)
+        return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +98,10 @@ class ModelScores:
         scores: The normalised score of each item, ``None`` where there is an error instead.
         tokens: How many tokens of each item were scored, 0 where there is an error.
         errors: Why an item could not be scored, ``None`` where it was.
+        per_token: Empty when it was not asked for. Else for each item what the scalar head says
+            (normalised as the score is) at each token of its response, EOS included: the score
+            that the text would have if it were read there. The last one is the score. They are
+            values of prefixes: rewards that sum to the score are their differences.
     """
 
     model: str
@@ -75,8 +110,14 @@ class ModelScores:
     scores: tuple[float | None, ...]
     tokens: tuple[int, ...]
     errors: tuple[str | None, ...]
+    per_token: tuple[tuple[float, ...] | None, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.per_token and len(self.per_token) != len(self.scores):
+            raise ValueError(
+                f"model {self.model}: {len(self.per_token)} lists of per-token values for "
+                f"{len(self.scores)} items"
+            )
         if not len(self.scores) == len(self.tokens) == len(self.errors):
             raise ValueError(
                 f"model {self.model}: {len(self.scores)} scores, {len(self.tokens)} token counts "
@@ -87,6 +128,9 @@ class ModelScores:
                 raise ValueError(f"model {self.model}: an item has a score or an error, not both")
             if score is not None and not math.isfinite(score):
                 raise ValueError(f"model {self.model}: a score is {score}")
+        for values in self.per_token:
+            if values is not None and not all(map(math.isfinite, values)):
+                raise ValueError(f"model {self.model}: a per-token value is not finite")
 
 
 class RewardUnavailable(RuntimeError):

@@ -1,164 +1,40 @@
-"""The Ray Serve application: an HTTP ingress before replicas of each reward model.
+"""The Ray Serve application: HTTP ingresses before replicas of each reward model.
 
     client ──HTTP──> proxy ──> Ingress ──handle──> ModelReplica "model-<name>" (1 .. n each)
     PPO ─────────────────────────────handle───────────^
 
-The ingress checks requests (``http_api``) and retries what a dying replica lost; a replica
-encodes, batches across callers by token budget and scores. ``RewardService`` starts all of it
-from a driver that has connected to Ray, and takes it down again.
+The ingress checks requests (``http_api``) and retries what a dying replica lost (``dispatch``); a
+replica encodes, batches across callers by token budget and scores (``replica``).
+``RewardService`` starts all of it from a driver that has connected to Ray, and takes it down
+again; ``application`` is what ``serve deploy`` builds from a file.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import BackpressureConfig
-from ray.serve.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    RayServeException,
-)
 from ray.serve.handle import DeploymentHandle
 
-from reward_service.batcher import TokenBudgetBatcher
 from reward_service.checkpoint import check_files
-from reward_service.client import RETRY_PAUSES_S, HandleScorer
-from reward_service.config import RewardServiceConfig
-from reward_service.encoding import Truncation
-from reward_service.http_api import ModelStatus, RequestError, build_app
-from reward_service.score import ModelScores, ScoreItem
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from reward_service.model import RewardModel
-
-logger = logging.getLogger(__name__)
-
-CONCURRENT_CALLS = 256
-"""Requests that a replica or ingress holds at once; the rest wait in the caller's queue."""
-
-
-class ModelReplica:
-    """One process with one reward model. Scores lists for the ingress and for PPO alike."""
-
-    def __init__(self, name: str, directory: str, config: RewardServiceConfig) -> None:
-        self._name = name
-        self._model: RewardModel | None = None
-        self._error: str | None = None
-        try:
-            self._model = _load(name, directory, config)
-        except (ValueError, OSError, RuntimeError) as error:
-            # Raising would only make Serve start the replica again and again. ``status`` tells.
-            self._error = str(error)
-            return
-        self._batcher = TokenBudgetBatcher(
-            self._model.score_ids, token_budget=config.token_budget, wait_s=config.batch_wait_s
-        )
-
-    async def score_batch(self, items: list[ScoreItem], truncation: Truncation) -> ModelScores:
-        """Score a list in order. An item that cannot be encoded never joins a batch."""
-        if self._model is None:
-            raise RuntimeError(self._error)
-        model = self._model
-        encoded, errors = await asyncio.to_thread(model.encode_all, items, truncation)
-        found = iter(await self._batcher.submit([ids for ids in encoded if ids is not None]))
-        scores = [None if ids is None else next(found) for ids in encoded]
-        return model.answer(scores, [len(ids or ()) for ids in encoded], errors)
-
-    async def status(self) -> ModelStatus:
-        if self._model is None:
-            return ModelStatus(model=self._name, error=self._error)
-        return ModelStatus(
-            model=self._name,
-            version=self._model.version,
-            fingerprint=self._model.fingerprint,
-            context=self._model.context,
-        )
-
-
-def _load(name: str, directory: str, config: RewardServiceConfig) -> RewardModel:
-    import torch
-    import transformers
-
-    from reward_service.model import RewardModel
-
-    torch.set_num_threads(config.threads)
-    transformers.utils.logging.disable_progress_bar()
-    return RewardModel.load(
-        directory,
-        name=name,
-        device="cuda" if config.num_gpus_per_replica > 0 else "cpu",
-        token_budget=config.token_budget,
-        one_by_one=config.one_by_one,
-    )
-
-
-@serve.ingress()
-class Ingress:
-    """The HTTP side. Holds no model and no torch."""
-
-    def __init__(
-        self, config: RewardServiceConfig, handles: dict[str, DeploymentHandle[Any]]
-    ) -> None:
-        self._config = config
-        self._handles = handles
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self, self._config)
-
-    @property
-    def model_names(self) -> list[str]:
-        return list(self._handles)
-
-    async def score(
-        self, model: str, items: Sequence[ScoreItem], truncation: Truncation
-    ) -> ModelScores:
-        """Ask a replica; ask again when it dies, until the deadline."""
-        handle = self._handles[model]
-        deadline = time.monotonic() + self._config.timeout_s
-        for tries in range(self._config.max_retries + 1):
-            try:
-                return await asyncio.wait_for(
-                    handle.score_batch.remote(list(items), truncation),
-                    max(0.0, deadline - time.monotonic()),
-                )
-            except TimeoutError:
-                raise RequestError(
-                    504, "timeout", f"not scored within {self._config.timeout_s:g} s"
-                ) from None
-            except BackPressureError as error:
-                raise RequestError(
-                    503, "overloaded", "too many requests wait: try again", retry_after_s=2
-                ) from error
-            except (RayActorError, DeploymentUnavailableError):
-                await asyncio.sleep(RETRY_PAUSES_S[min(tries, len(RETRY_PAUSES_S) - 1)])
-            except RayTaskError as error:
-                logger.exception("reward model %s failed", model)
-                raise RequestError(500, "model_failed", f"model {model} failed") from error
-        raise RequestError(
-            503, "unavailable", f"model {model} has no live replica: try again", retry_after_s=5
-        )
-
-    async def statuses(self) -> dict[str, ModelStatus]:
-        return {name: await self._status(name) for name in self._handles}
-
-    async def _status(self, name: str) -> ModelStatus:
-        try:
-            status: ModelStatus = await asyncio.wait_for(self._handles[name].status.remote(), 5.0)
-            return status
-        except (TimeoutError, RayActorError, RayTaskError, RayServeException) as error:
-            return ModelStatus(model=name, error=f"no answer ({type(error).__name__})")
+from reward_service.client import HandleScorer
+from reward_service.config import RewardServiceConfig, ServeApplicationConfig, check_names
+from reward_service.ensemble import EnsembleScorer
+from reward_service.http_api import RequestError
+from reward_service.ingress import Ingress, KeyedRequests
+from reward_service.replica import ModelReplica, ReloadTarget
+from reward_service.score import Scorer
+from reward_service.security import check_binding, read_token_digests
+from reward_service.statistics import ModelStatus
 
 
 class RewardService:
@@ -174,8 +50,14 @@ class RewardService:
     """
 
     def __init__(
-        self, config: RewardServiceConfig, models: Mapping[str, Path], app_name: str, url: str
+        self,
+        config: RewardServiceConfig,
+        models: Mapping[str, Path],
+        app_name: str,
+        url: str,
+        deployment_id: str,
     ) -> None:
+        self._deployment_id = deployment_id
         self._config = config
         self._models = dict(models)
         self._app_name = app_name
@@ -197,20 +79,27 @@ class RewardService:
         under ``/<app_name>``; an application of that name left by a dead driver is replaced.
 
         Raises:
-            FileNotFoundError, ValueError: A directory is not a reward model.
+            FileNotFoundError, ValueError: A directory is not a reward model, an ensemble has a
+                member that is not served, or others could reach the service without a token.
             RuntimeError: The port is taken, or a model cannot be loaded.
             TimeoutError: Not ready within ``start_timeout_s``.
         """
         if not models:
             raise ValueError("the reward service was given no model to serve")
+        check_names(models, config)
         for directory in models.values():
             check_files(Path(directory))
+        token_digests = read_token_digests(config.tokens_file)
+        check_binding(config.host, token_digests)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         address, prefix = _join_or_start_serve(config, app_name)
-        service = cls(config, models, app_name, f"http://{address}{prefix.rstrip('/')}")
+        deployment_id = uuid.uuid4().hex
+        built = _application(config, models, token_digests, deployment_id)
+        url = f"http://{address}{prefix.rstrip('/')}"
+        service = cls(config, models, app_name, url, deployment_id)
         try:
             serve.run_many(
-                [serve.RunTarget(_application(config, models), app_name, prefix)],
+                [serve.RunTarget(built, app_name, prefix)],
                 wait_for_ingress_deployment_creation=False,
                 wait_for_applications_running=False,
             )
@@ -261,20 +150,42 @@ class RewardService:
         """Version and fingerprint of each model, as they were when it became ready."""
         return self._statuses
 
-    def scorer(self, name: str) -> HandleScorer:
-        """A scorer over the handle of one model. Raises ValueError for an unknown name."""
+    def scorer(self, name: str) -> Scorer:
+        """A scorer over the handles of one model or ensemble. Raises ValueError for others."""
+        ensemble = self._config.ensembles.get(name)
+        if ensemble is not None:
+            members = [self.scorer(member) for member in ensemble.members]
+            return EnsembleScorer(name, members, ensemble)
         if name not in self._models:
             raise ValueError(f"no model is served as {name!r}; served: {sorted(self._models)}")
+        autoscaling = self._config.autoscaling
         return HandleScorer(
             self._handle(name),
             model=name,
-            num_replicas=self._config.num_replicas,
+            num_replicas=autoscaling.min_replicas if autoscaling else self._config.num_replicas,
             timeout_s=self._config.timeout_s,
             max_retries=self._config.max_retries,
         )
 
-    def scorers(self) -> dict[str, HandleScorer]:
-        return {name: self.scorer(name) for name in self._models}
+    def scorers(self) -> dict[str, Scorer]:
+        return {name: self.scorer(name) for name in [*self._models, *self._config.ensembles]}
+
+    def reload(self, name: str, directory: Path) -> ModelStatus:
+        """Load another version of a model while it serves; returns when all replicas have it.
+
+        Raises:
+            ValueError: It cannot be loaded; the version before it still serves.
+            TimeoutError: Not done within ``reload_timeout_s``.
+        """
+        handle = serve.get_app_handle(self._app_name)
+        found = handle.load.remote(name, str(directory.resolve())).result(
+            timeout_s=self._config.reload_timeout_s + 5.0
+        )
+        if isinstance(found, RequestError):
+            raise ValueError(f"reward model {name!r} was not reloaded: {found.message}")
+        status: ModelStatus = found
+        self._statuses[name] = status
+        return status
 
     def shutdown(self) -> None:
         """Take the application down, and Serve with it when nothing else is deployed."""
@@ -282,6 +193,7 @@ class RewardService:
             return
         if _serve_client() is None:
             return
+        ReloadTarget.forget(self._deployment_id)
         if set(serve.status().applications) <= {self._app_name}:
             serve.shutdown()
         else:
@@ -306,7 +218,29 @@ def _deployment_name(model: str) -> str:
     return f"model-{model}"
 
 
-def _application(config: RewardServiceConfig, models: Mapping[str, Path]) -> serve.Application:
+def application(args: dict[str, Any]) -> serve.Application:
+    """What ``serve deploy`` builds: ``import_path: reward_service.service:application``, with
+    ``args`` as in ``deploy/serve.yaml``. A model's directory can be changed while it serves, in
+    ``user_config`` of the deployment ``model-<name>``.
+
+    Raises:
+        FileNotFoundError, ValueError: A directory is not a reward model, or a name or a setting
+            is wrong.
+    """
+    config = ServeApplicationConfig.model_validate(args)
+    check_names(config.models, config.service)
+    for directory in config.models.values():
+        check_files(directory)
+    token_digests = read_token_digests(config.service.tokens_file)
+    return _application(config.service, config.models, token_digests, uuid.uuid4().hex)
+
+
+def _application(
+    config: RewardServiceConfig,
+    models: Mapping[str, Path],
+    token_digests: tuple[str, ...],
+    deployment_id: str,
+) -> serve.Application:
     environment = {
         "OMP_NUM_THREADS": str(config.threads),
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads would starve engine and learner
@@ -314,18 +248,18 @@ def _application(config: RewardServiceConfig, models: Mapping[str, Path]) -> ser
         "PYTHONDONTWRITEBYTECODE": "",  # bytecode halves the next start
         "HF_HUB_OFFLINE": "1",
     }
-    limits = {
-        "max_ongoing_requests": CONCURRENT_CALLS,
+    limits: dict[str, Any] = {
+        "max_ongoing_requests": config.max_ongoing_requests,
         "max_queued_requests": config.max_queued_requests,
         "backpressure_config": BackpressureConfig(status_code=503, retry_after_s=2),
-        "graceful_shutdown_timeout_s": 10,
+        "graceful_shutdown_timeout_s": config.shutdown_timeout_s,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 5,
         "health_check_timeout_s": 60,
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
     replica = serve.deployment(ModelReplica).options(
-        num_replicas=config.num_replicas,
+        **_replica_count(config),
         ray_actor_options={
             "num_cpus": config.num_cpus_per_replica,
             "num_gpus": config.num_gpus_per_replica,
@@ -334,15 +268,36 @@ def _application(config: RewardServiceConfig, models: Mapping[str, Path]) -> ser
         **limits,
     )
     handles = {
-        name: replica.options(name=_deployment_name(name)).bind(
-            name, str(Path(directory).resolve()), config
-        )
+        name: replica.options(
+            name=_deployment_name(name), user_config={"directory": str(Path(directory).resolve())}
+        ).bind(name, config, deployment_id)
         for name, directory in models.items()
     }
-    ingress = serve.deployment(Ingress).options(
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": environment}}, **limits
-    )
-    return ingress.bind(config, handles)
+    light = limits | {
+        "ray_actor_options": {"num_cpus": 0, "runtime_env": {"env_vars": environment}}
+    }
+    keyed = None
+    if config.ingress_replicas > 1:
+        keyed = serve.deployment(KeyedRequests).options(**light).bind(config, handles)
+    ingress = serve.deployment(Ingress).options(num_replicas=config.ingress_replicas, **light)
+    return ingress.bind(config, token_digests, handles, keyed)
+
+
+def _replica_count(config: RewardServiceConfig) -> dict[str, Any]:
+    wanted = config.autoscaling
+    if wanted is None:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": wanted.min_replicas,
+            "max_replicas": wanted.max_replicas,
+            "target_ongoing_requests": wanted.target_ongoing_requests,
+            "upscale_delay_s": wanted.upscale_delay_s,
+            "downscale_delay_s": wanted.downscale_delay_s,
+            "look_back_period_s": wanted.look_back_s,
+            "metrics_interval_s": min(10.0, wanted.look_back_s / 2),
+        }
+    }
 
 
 def _join_or_start_serve(config: RewardServiceConfig, app_name: str) -> tuple[str, str]:

@@ -21,6 +21,7 @@ RECORDS = {
     "reward_service.config",
     "reward_service.encoding",
     "reward_service.score",
+    "reward_service.statistics",
     "learner.config",
 }
 

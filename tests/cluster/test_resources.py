@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,20 @@ def test_demand_counts_every_part() -> None:
     assert demand(RunConfig(run_dir=Path("x")), learners=False) == {"CPU": 1, "GPU": 0}
 
 
+def test_demand_counts_the_replicas_of_every_model() -> None:
+    config = build_config(
+        {
+            "run_dir": "runs/x",
+            "reward": {
+                "terms": [{"name": "a", "model": "m"}, {"name": "b", "models": ["m", "n"]}],
+                "service": {"autoscaling": {"max_replicas": 4}, "num_cpus_per_replica": 0.5},
+            },
+        },
+        "test",
+    )
+    assert demand(config, learners=False) == {"CPU": 1 + 3 * 4 * 0.5, "GPU": 0}
+
+
 def test_waiting_says_what_is_missing_and_gives_up(ray_session: None) -> None:
     said: list[str] = []
     wait_for_room({"CPU": 1, "GPU": 0}, 1.0, said.append)
@@ -41,3 +58,31 @@ def test_models_by_name(tmp_path: Path) -> None:
             local_model(name)
     with pytest.raises(FileNotFoundError, match="not to be had from the Hugging Face hub"):
         local_model("owner/model-that-is-not-cached")
+
+
+STARTED_BY_US = """
+import os
+from pathlib import Path
+from cluster.config import RunConfig
+from cluster.resources import ray_session
+with ray_session(RunConfig(run_dir=Path("x"))) as started:
+    from ray._raylet import AuthenticationMode, get_authentication_mode
+    assert started
+    assert get_authentication_mode() == AuthenticationMode.TOKEN
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+"""
+
+
+def test_a_cluster_that_we_start_wants_a_token(tmp_path: Path) -> None:
+    """In a process of its own, as the mode is one of the whole process; there is no home there."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED_BY_US],
+        env=environment | {"HOME": str(tmp_path / "nowhere")},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

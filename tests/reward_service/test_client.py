@@ -129,10 +129,14 @@ def test_nonsense_is_never_taken_for_a_score(serve, body: Any, says: str) -> Non
 
 
 def test_two_versions_never_mix_in_one_call(serve) -> None:
-    later = data(1.0) | {"version": "w"}
-    server = serve(answering(200, data(1.0)), answering(200, later))
-    with pytest.raises(RuntimeError, match="changed from version v to w"):
-        HttpScorer(server.url, items_per_request=1).score(ITEMS[:2])
+    old, new = answering(200, data(1.0)), answering(200, data(2.0) | {"version": "w"})
+    server = serve(old, new, new, new)
+    answer = HttpScorer(server.url, items_per_request=1).score(ITEMS[:2])
+    assert (answer.version, answer.scores) == ("w", (2.0, 2.0))
+    assert len(server.requests) == 4  # both items again, of one version
+    server = serve(*[old, new] * 4)
+    with pytest.raises(RuntimeError, match=r"changed between versions \['v', 'w'\] .* 3 calls"):
+        HttpScorer(server.url, items_per_request=1, max_retries=2).score(ITEMS[:2])
 
 
 def test_a_slow_server_meets_the_deadline(serve) -> None:

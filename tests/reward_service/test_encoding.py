@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from actors.fingerprint import template_fingerprint
 from actors.trajectory import Message
-from reward_service.encoding import RewardHead, encode
+from reward_service.encoding import RewardHead, encode, encode_text
 
 TURNS = (Message(role="user", content="storm?"),)
 
@@ -32,6 +32,24 @@ def test_a_dialogue_goes_through_the_template(tokenizer) -> None:
     # the template's line break after the last turn is dropped: the score is read at EOS
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_dialogue_that_a_client_rendered_is_the_same(tokenizer) -> None:
+    rendered = "<s>user\nstorm?</s>\n<s>assistant\nrain</s>\n"
+    assert encode(tokenizer, "", (), rendered) == encode(tokenizer, "", TURNS, "rain")
+
+
+def test_where_the_response_begins(tokenizer) -> None:
+    plain = encode_text(tokenizer, "storm in", (), " Riverton")
+    assert tokenizer.decode(plain.ids[plain.response_start :]) == " Riverton</s>"
+    dialogue = encode_text(tokenizer, "", TURNS, "rain")
+    assert tokenizer.decode(dialogue.ids[dialogue.response_start :]) == "rain</s>"
+    cut = encode_text(tokenizer, "storm in", (), " Riverton", max_tokens=3, truncation="left")
+    assert cut.response_start == max(0, plain.response_start - (len(plain) - 3))
+    assert (
+        encode_text(tokenizer, "storm", (), "").response_start
+        == len(encode_text(tokenizer, "storm", (), "")) - 1
+    )
 
 
 def test_a_dialogue_needs_a_template_that_takes_it(tokenizer) -> None:

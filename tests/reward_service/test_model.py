@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 
 from actors.trajectory import Message
 from reward_service.model import RewardModel
-from reward_service.score import ScoreItem
+from reward_service.score import ItemIds, ScoreItem
 
 ITEMS = [
     ScoreItem(prompt="storm " * (1 + n % 7), response=" rain and river" * (n % 5))
@@ -36,8 +36,9 @@ def direct_scores(path: Path, sequences: list[list[int]]) -> list[float]:
 
 
 def test_scores_equal_the_classification_head(model: RewardModel, reward_dir: Path) -> None:
-    encoded, errors = model.encode_all(ITEMS)
+    inputs, errors = model.encode_all(ITEMS)
     assert errors == [None] * len(ITEMS)
+    encoded = [i.encoded.ids for i in inputs if i is not None]
     expected = direct_scores(reward_dir, encoded)
     answer = model.score(ITEMS)
     np.testing.assert_allclose(answer.scores, expected, rtol=0, atol=2e-6)
@@ -54,6 +55,46 @@ def test_a_score_is_the_same_bit_for_bit_in_any_company(model: RewardModel) -> N
     together = model.score(ITEMS).scores
     assert model.score(ITEMS[::-1]).scores == together[::-1]
     assert tuple(model.score([item]).scores[0] for item in ITEMS) == together
+
+
+def test_values_per_token_are_scores_of_prefixes(model: RewardModel, reward_dir: Path) -> None:
+    items = [ITEMS[6], ScoreItem(prompt="storm", response="")]
+    answer = model.score(items, per_token=True)
+    inputs, _ = model.encode_all(items)
+    ids, start = inputs[0].encoded.ids, inputs[0].encoded.response_start
+    assert model.tokenizer.decode(ids[start:]) == items[0].response + "</s>"
+    prefixes = [ids[: n + 1] for n in range(start, len(ids))]
+    np.testing.assert_allclose(answer.per_token[0], direct_scores(reward_dir, prefixes), atol=2e-5)
+    assert [values[-1] for values in answer.per_token] == list(answer.scores)
+    assert len(answer.per_token[1]) == 1  # of an empty response only EOS is left
+    assert model.score(items).per_token == ()
+    np.testing.assert_allclose(answer.scores, model.score(items).scores, atol=2e-5)
+    padded = RewardModel.load(reward_dir, one_by_one=False).score(items, per_token=True)
+    np.testing.assert_allclose(padded.per_token[0], answer.per_token[0], atol=5e-5)
+
+
+def test_ids_score_as_their_text_does(model: RewardModel) -> None:
+    inputs, _ = model.encode_all(ITEMS[6:7])
+    ids, start = inputs[0].encoded.ids, inputs[0].encoded.response_start
+    given = [
+        ScoreItem(ids=ItemIds(prompt=tuple(ids[:start]), response=tuple(ids[start:]))),
+        ScoreItem(ids=ItemIds(response=tuple(ids[:-1]))),  # EOS is added
+        ScoreItem(ids=ItemIds(response=(5, model.vocabulary))),
+        ScoreItem(ids=ItemIds(response=(5,) * 300)),
+    ]
+    answer = model.score(given, per_token=True)
+    text = model.score(ITEMS[6:7], per_token=True)
+    assert answer.per_token[0] == text.per_token[0]
+    assert answer.scores[1] == text.scores[0]
+    assert "token id 512 at position 1 is not in the reward model's vocabulary of 512" in (
+        answer.errors[2] or ""
+    )
+    assert "context is 256" in (answer.errors[3] or "")
+    # cut on the left: as many values as tokens of the response are left
+    cut = model.score(given[3:], "left", per_token=True)
+    assert len(cut.per_token[0]) == cut.tokens[0] == 256
+    inputs, errors = model.encode_all(ITEMS[6:7], max_tokens=3)
+    assert "context is 3" in (errors[0] or "")
 
 
 def test_a_bad_item_fails_alone(model: RewardModel) -> None:

@@ -222,7 +222,9 @@ def test_terms_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"reward\.terms is empty"):
         build_reward(RewardConfig())
     model_term = RewardConfig(terms=(RewardTerm(name="rm", model="x"),))
-    with pytest.raises(ValueError, match=r"'rm' is a model, but the reward service serves \['o'\]"):
+    with pytest.raises(
+        ValueError, match=r"'rm' needs \['rm'\], but the reward service serves \['o'\]"
+    ):
         build_reward(model_term, {"o": StubScorer()})
     function = "my_rewards:length"
     with pytest.raises(ValueError, match="two reward terms are called 'x'"):

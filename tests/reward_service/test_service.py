@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from reward_service.client import HttpScorer
-from reward_service.config import RewardConfig, RewardServiceConfig, RewardTerm
+from reward_service.config import EnsembleConfig, RewardConfig, RewardServiceConfig, RewardTerm
 from reward_service.model import RewardModel
 from reward_service.rewards import build_reward
 from reward_service.score import ModelScores, Score, ScoreItem
@@ -36,7 +36,12 @@ def service(
     ray_session: None, reward_dir: Path, second_reward_dir: Path
 ) -> Iterator[RewardService]:
     config = RewardServiceConfig(
-        port=0, max_items=64, max_chars=2000, token_budget=512, num_cpus_per_replica=0.1
+        port=0,
+        max_items=64,
+        max_chars=2000,
+        token_budget=512,
+        num_cpus_per_replica=0.1,
+        ensembles={"both": EnsembleConfig(members=("quality", "second"), combine="minimum")},
     )
     models = {"quality": reward_dir, "second": second_reward_dir}
     with RewardService.start(config, models) as running:
@@ -70,11 +75,41 @@ def test_models_are_served_by_name(service: RewardService, second_reward_dir: Pa
     with pytest.raises(ValueError, match="no model is served as 'third'"):
         service.scorer("third")
     listed = httpx.get(f"{service.url}/v1/models").json()["data"]
-    assert {m["id"]: m["version"] for m in listed} == {
-        name: status.version for name, status in service.statuses.items()
-    }
+    versions = {name: status.version for name, status in service.statuses.items()}
+    versions["both"] = f"{versions['quality']}+{versions['second']}"
+    assert {m["id"]: m["version"] for m in listed} == versions
     assert httpx.get(f"{service.url}/ready").json()["ready"] is True
     assert httpx.get(f"{service.url}/health").status_code == 200
+
+
+def test_an_ensemble_answers_as_one_model_over_both_ways(
+    service: RewardService, direct: ModelScores, second_reward_dir: Path
+) -> None:
+    other = RewardModel.load(second_reward_dir).score(ITEMS)
+    least = tuple(map(min, direct.scores, other.scores))
+    assert service.scorer("both").score(ITEMS).scores == least
+    answer = HttpScorer(service.url, model="both").score(ITEMS)
+    assert answer.scores == least
+    assert answer.version == f"{direct.version}+{other.version}"
+    refused = httpx.put(f"{service.url}/v1/models/both", json={"directory": "x"})
+    assert refused.json()["error"]["code"] == "reload_off"
+    body = {"items": [{"text": "rain"}], "model": "both", "per_token": True}
+    refused = httpx.post(f"{service.url}/v1/score", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "per_token")
+
+
+def test_token_ids_and_values_per_token(service: RewardService, reward_dir: Path) -> None:
+    model = RewardModel.load(reward_dir)
+    inputs, _ = model.encode_all(ITEMS[:1])
+    assert inputs[0] is not None
+    ids, start = inputs[0].encoded.ids, inputs[0].encoded.response_start
+    body = {"items": [{"prompt_ids": ids[:start], "response_ids": ids[start:]}], "per_token": True}
+    (row,) = httpx.post(f"{service.url}/v1/score", json=body).json()["data"]
+    assert tuple(row["per_token"]) == model.score(ITEMS[:1], per_token=True).per_token[0]
+    assert row["per_token"][-1] == row["score"]
+    body = {"items": [{"response_ids": [5, 512]}]}
+    refused = httpx.post(f"{service.url}/v1/score", json=body).json()["error"]
+    assert "token id 512 at position 1" in refused["message"]
 
 
 def test_many_callers_at_once_each_get_their_own(
