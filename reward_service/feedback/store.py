@@ -85,8 +85,12 @@ class FeedbackStore:
 
     def add_pairs(self, pairs: Iterable[Pair]) -> int:
         """Add those that are new; how many. Raises ValueError for other content of the same id."""
-        rows = {p.item_id: pair_row(p) for p in pairs}
-        return self._insert(lambda c: self._insert_new(c, schema.pairs, rows))
+        return self._insert(lambda connection: self.write_pairs(connection, pairs))
+
+    def write_pairs(self, connection: Connection, pairs: Iterable[Pair]) -> int:
+        """``add_pairs`` inside a transaction of the caller's."""
+        rows = {p.item_id: _pair_row(p) for p in pairs}
+        return self._insert_new(connection, schema.pairs, rows)
 
     def add_comparisons(self, comparisons: Sequence[Comparison]) -> int:
         """Add judgements with their pairs and annotators, all or none; how many were new.
@@ -107,7 +111,7 @@ class FeedbackStore:
         """``add_history`` inside a transaction of the caller's."""
         said = [entry.judgement for entry in entries]
         annotators = {j.annotator.annotator_id: _annotator_row(j.annotator) for j in said}
-        pairs = {j.pair.item_id: pair_row(j.pair) for j in said if isinstance(j, Comparison)}
+        pairs = {j.pair.item_id: _pair_row(j.pair) for j in said if isinstance(j, Comparison)}
         self._insert_new(connection, schema.annotators, annotators)
         self._insert_new(connection, schema.pairs, pairs)
         added = 0
@@ -304,7 +308,7 @@ def _annotator(row: Row) -> Annotator:
     return Annotator(annotator_id=row["annotator_id"], kind=row["kind"])
 
 
-def pair_row(pair: Pair) -> Row:
+def _pair_row(pair: Pair) -> Row:
     return {
         "item_id": pair.item_id,
         "prompt_id": pair.prompt_id,
