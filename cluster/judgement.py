@@ -19,7 +19,7 @@ from cluster.stop import Stopped
 from learner.config import RewardModelConfig
 from reward_service.comparison import Annotator, Comparison
 from reward_service.config import CollectConfig
-from reward_service.feedback.agreement import agreement_report
+from reward_service.feedback.agreement_report import agreement_report
 from reward_service.feedback.collect import collect_judgements, given_preference, pairs_of_samples
 from reward_service.feedback.store import FeedbackStore
 

@@ -117,6 +117,10 @@ class Assignments:
 
         return self._database.write(write)
 
+    def get(self, annotator_id: str, assignment_id: int) -> Assignment:
+        """This person's assignment, in whatever state. Raises NotYoursError for any other."""
+        return self._database.read(lambda c: self._leases.own(c, annotator_id, assignment_id))
+
     def submit(self, annotator_id: str, assignment_id: int, answer: Mapping[str, Any]) -> bool:
         """Take an answer; it is on the disk when this returns.
 

@@ -13,13 +13,13 @@ import pytest
 from reward_service.comparison import Annotator, Candidate, Choice, Comparison, Pair
 from reward_service.feedback.agreement import (
     Counts,
-    agreement_report,
     bootstrap_interval,
     gwet_ac1,
     krippendorff_alpha,
     percent_agreement,
     wilson_interval,
 )
+from reward_service.feedback.agreement_report import agreement_report
 
 
 def counts_of(rows: list[list[object]]) -> Counts:
