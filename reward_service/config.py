@@ -150,6 +150,9 @@ class PeopleConfig(StrictConfig):
     public_url: str | None = Field(
         None, description="address that people open, where a proxy stands before the page"
     )
+    enough: float = Field(
+        1.0, gt=0, le=1, description="share of the wanted answers that ends the wait for people"
+    )
     wait_hours: float = Field(
         168.0, gt=0, description="`rlhf collect` waits so long for people; then --resume"
     )
@@ -165,6 +168,12 @@ class CollectConfig(StrictConfig):
         description="simulated: judges compare two samples; people: the same in a browser, see"
         " `rlhf collect --serve`; demonstrations: the real response is preferred to a sample and"
         " to another prompt's response; preferences: the pairs of data.preferences as they are",
+    )
+    round: int = Field(0, ge=0, description="of `rlhf loop`, which sets it; part of item ids")
+    opponents: dict[str, str] = Field(
+        {},
+        description="name -> model directory: half of the pairs set a sample of the policy against"
+        " one of these, in turn; `rlhf loop` names the policies of earlier rounds",
     )
     store: str | None = Field(
         None,

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, or_, select
+from sqlalchemy import Connection, and_, case, func, select
 
 from reward_service.comparison import Annotator
 from reward_service.config import PeopleConfig
@@ -24,6 +24,7 @@ from reward_service.feedback.tasks import (
     Task,
     checked_answer,
     entries_of,
+    row_of_task,
 )
 
 REASONS = {
@@ -76,7 +77,7 @@ class Assignments:
             rows = []
             for task in {task.task_id: task for task in new}.values():
                 if task.task_id not in known:
-                    rows.append(_row(task))
+                    rows.append(row_of_task(task))
                 elif known[task.task_id] != task.content:
                     raise ValueError(
                         f"task {task.task_id!r} is there already and shows something else: what "
@@ -281,29 +282,17 @@ def set_paused(connection: Connection, paused: bool) -> None:
 
 
 def open_answers(connection: Connection, round_number: int | None = None) -> tuple[int, int]:
-    """(answers given, answers wanted) over the tasks that are open; gold items do not count."""
-    query = select(
-        func.coalesce(func.sum(tasks.c.done), 0), func.coalesce(func.sum(tasks.c.overlap), 0)
-    ).where(tasks.c.gold.is_(None), or_(tasks.c.state == "open", tasks.c.done > 0))
+    """(answers given, answers wanted) over all tasks but gold items."""
+    is_open = tasks.c.state == "open"
+    counted = case(
+        (is_open & (tasks.c.done > tasks.c.overlap), tasks.c.overlap), else_=tasks.c.done
+    )
+    # What is withheld or closed is complete with what it has.
+    asked = case((is_open, tasks.c.overlap), else_=tasks.c.done)
+    query = select(func.coalesce(func.sum(counted), 0), func.coalesce(func.sum(asked), 0)).where(
+        tasks.c.gold.is_(None)
+    )
     if round_number is not None:
         query = query.where(tasks.c.round == round_number)
     given, wanted = connection.execute(query).one()
     return int(given), int(wanted)
-
-
-def _row(task: Task) -> dict[str, Any]:
-    return {
-        "task_id": task.task_id,
-        "kind": task.kind,
-        "content": task.content,
-        "overlap": task.overlap,
-        "priority": task.priority,
-        "shuffle": task.shuffle,
-        "gold": task.gold,
-        "round": task.round,
-        "state": "open",
-        "taken": 0,
-        "done": 0,
-        "flags": 0,
-        "created_at": now(),
-    }

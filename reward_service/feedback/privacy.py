@@ -132,6 +132,10 @@ _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
     ("card", re.compile(rf"{_BEFORE}\d(?:[ -]?\d){{12,18}}{_AFTER}"), _is_card),
     ("ip", re.compile(rf"(?<![\w.:])(?:{_IPV4}|{_IPV6})(?![\w:]|\.\d)", re.ASCII), _is_ip),
     ("chinese_mobile", re.compile(f"{_BEFORE}{_MOBILE}{_AFTER}"), _always),
-    ("phone", re.compile(rf"(?<![\dA-Za-z.,]){_PHONE}(?![\dA-Za-z]|[.,]\d)"), _is_phone),
+    (
+        "phone",
+        re.compile(rf"(?<![\dA-Za-z.,])(?<!\d[ /-]){_PHONE}(?![\dA-Za-z]|[.,]\d)"),
+        _is_phone,
+    ),
 )
 """In order of how sure their form is: kind, pattern, and whether a match is real."""

@@ -21,7 +21,7 @@ from reward_service.comparison import (
     Ranking,
     Rating,
 )
-from reward_service.feedback.store import Entry
+from reward_service.feedback.store import Entry, now
 
 Kind = Literal["comparison", "rating", "ranking"]
 
@@ -119,6 +119,25 @@ def task_of_pair(
         gold=gold,
         round=round_number,
     )
+
+
+def row_of_task(task: Task) -> dict[str, Any]:
+    """A new task as the store keeps it, open and untouched."""
+    return {
+        "task_id": task.task_id,
+        "kind": task.kind,
+        "content": task.content,
+        "overlap": task.overlap,
+        "priority": task.priority,
+        "shuffle": task.shuffle,
+        "gold": task.gold,
+        "round": task.round,
+        "state": "open",
+        "taken": 0,
+        "done": 0,
+        "flags": 0,
+        "created_at": now(),
+    }
 
 
 def task_of_row(row: Mapping[str, Any]) -> Task:
