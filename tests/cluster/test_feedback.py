@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
@@ -197,8 +196,6 @@ def test_published_kappas_of_three_raters(shared_data: Path, tmp_path: Path) -> 
     directory = shared_data / "agree_pandalm"
     if not directory.is_dir():
         pytest.skip("the three raters' votes are not on this machine")
-    items = [json.loads(line) for line in gzip.open(directory / "items.jsonl.gz", "rt")]
-    assert len(items) == 999
     output = rlhf(
         "import", "--run", tmp_path, "--items", directory / "items.jsonl.gz",
         directory / "votes.jsonl.gz",

@@ -15,12 +15,16 @@ from reward_service.comparison import Annotator, Candidate, Choice, Comparison, 
 from reward_service.feedback.agreement import (
     Counts,
     bootstrap_interval,
+    cohen_kappa,
+    counts_of_codes,
+    fleiss_kappa,
     gwet_ac1,
     krippendorff_alpha,
+    mean_cohen_kappa,
     percent_agreement,
     wilson_interval,
 )
-from reward_service.feedback.agreement_report import agreement_report
+from reward_service.feedback.agreement_report import agreement_report, rating_report
 
 
 def counts_of(rows: list[list[object]]) -> Counts:

@@ -1,0 +1,36 @@
+"""The page as a process: people at once on both databases, and a kill in the middle."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from reward_service.feedback.page.serve import SECRET_VARIABLE, page_secret
+from tests.reward_service.page_load import run
+
+
+def test_people_at_once_and_a_kill_lose_nothing(store_location: str, tmp_path: Path) -> None:
+    found = run(tmp_path / "run", count=10, seconds=8, think_s=0.2, store=store_location, kill=True)
+    assert found["acknowledged"] > 50
+    assert found["lost"] == 0
+    assert found["doubled"] == 0
+    assert found["over_overlap"] == 0
+    # One that was stored may have been killed before its acknowledgement.
+    assert found["acknowledged"] <= found["stored"] <= found["acknowledged"] + 10
+
+
+def test_the_secret_is_kept_for_its_owner_or_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = page_secret(tmp_path)
+    assert page_secret(tmp_path) == secret
+    assert len(secret) > 40
+    assert stat.S_IMODE(os.stat(tmp_path / "page_secret").st_mode) == 0o600
+    monkeypatch.setenv(SECRET_VARIABLE, "short")
+    with pytest.raises(ValueError, match="too short"):
+        page_secret(tmp_path)
+    monkeypatch.setenv(SECRET_VARIABLE, "x" * 40)
+    assert page_secret(tmp_path) == "x" * 40
