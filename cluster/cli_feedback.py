@@ -36,7 +36,15 @@ def feedback() -> None:
 
 @feedback.command("import")
 @RUN
-@FORMAT
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["votes", "trl", "openrlhf", "items", "gold"]),
+    default="votes",
+    show_default=True,
+    help="votes, trl, openrlhf: judgements, as export writes them; items: pairs to be judged by "
+    "people; gold: pairs with a known choice, to measure people by.",
+)
 @click.option(
     "--items",
     type=click.Path(path_type=Path),
@@ -52,8 +60,12 @@ def import_command(
     Personal data in texts is masked. Reading the same file again adds nothing. A manifest beside
     a file is checked.
     """
-    from cluster.feedback import import_files
+    from cluster.feedback import import_files, import_tasks
 
+    if form in ("items", "gold"):
+        new = import_tasks(run_dir, files, gold=form == "gold", masking=not no_mask)
+        click.echo(f"{new} new items to judge")
+        return
     found = import_files(run_dir, files, form=form, items=items, masking=not no_mask)  # type: ignore[arg-type]
     click.echo(f"{found.rows} judgements, {found.new} of them new")
     if found.again:

@@ -15,6 +15,7 @@ from cluster.config import RunConfig, load_config
 from reward_service.comparison import Annotator, Pair
 from reward_service.config import CollectConfig
 from reward_service.feedback.agreement_report import agreement_report, rating_report
+from reward_service.feedback.assignment import Assignments
 from reward_service.feedback.erasure import data_of, erase, expire
 from reward_service.feedback.formats import (
     Format,
@@ -26,7 +27,8 @@ from reward_service.feedback.formats import (
 )
 from reward_service.feedback.raters import rater_quality
 from reward_service.feedback.store import Entry, FeedbackStore
-from reward_service.feedback.transfer import Imported, import_entries
+from reward_service.feedback.tasks import task_of_pair
+from reward_service.feedback.transfer import Imported, import_entries, masked_task
 
 Say = Callable[[str], None]
 STORE = "feedback.sqlite"
@@ -92,6 +94,29 @@ def import_files(
         return import_entries(
             store, entries, manifest_hash=digest.hexdigest(), form=form, masking=masking
         )
+
+
+def import_tasks(run_dir: Path, files: Sequence[Path], *, gold: bool, masking: bool) -> int:
+    """Pairs to be judged, or with a known answer, into the queue; how many were new.
+
+    Raises:
+        ValueError: A row is wrong, or an item of the same id shows something else.
+    """
+    config = run_config(run_dir).collect or CollectConfig()
+    tasks = []
+    for path in files:
+        _check_manifest(path)
+        for row in read_rows(str(path), "train"):
+            answer = None
+            if gold:
+                known = {"annotator_id": "gold", **row.values}
+                said = row_entry(known, {}, row.where).judgement
+                answer = {"choice": said.choice}
+            pair = item_pair(row.values, row.where)
+            task = task_of_pair(pair, overlap=config.people.overlap, gold=answer)
+            tasks.append(masked_task(task) if masking else task)
+    with FeedbackStore(store_location(run_dir)) as store:
+        return Assignments(store, config.people).add_tasks(tasks)
 
 
 def export_file(run_dir: Path, path: Path, *, form: Format) -> dict[str, Any]:

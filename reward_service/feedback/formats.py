@@ -5,6 +5,7 @@
 ``trl``         TRL's preference format: prompt, chosen, rejected; messages where the item has them
 ``openrlhf``    OpenRLHF's: chosen and rejected as whole dialogues
 ``items``       pairs without judgements, to be judged
+``gold``        pairs with the known answer, to measure people by
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from reward_service.feedback.collect import given_preference
 from reward_service.feedback.store import Entry
 
 Format = Literal["votes", "trl", "openrlhf"]
+"""Formats of judgements; ``items`` and ``gold`` are read into tasks."""
 Values = Mapping[str, Any]
 
 _CHOICES: Mapping[str, Choice] = {

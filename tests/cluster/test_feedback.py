@@ -191,6 +191,22 @@ def test_stats_say_how_to_read_them(run: Path, tmp_path: Path) -> None:
     assert "has no judgements" in rlhf("stats", "--run", tmp_path / "none", code=1)
 
 
+def test_items_and_gold_become_tasks(tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "items.jsonl"
+    row = {"item_id": "1", "prompt": "mail a@b.org", "a": "x", "b": "y"}
+    file.write_text(json.dumps(row) + "\n")
+    assert "1 new items" in rlhf("import", "--run", run, "--format", "items", file)
+    assert "0 new items" in rlhf("import", "--run", run, "--format", "items", file)
+    file.write_text(json.dumps({**row, "item_id": "2", "choice": "B"}) + "\n")
+    assert "1 new items" in rlhf("import", "--run", run, "--format", "gold", file)
+    file.write_text(json.dumps({**row, "item_id": "3"}) + "\n")
+    message = rlhf("import", "--run", run, "--format", "gold", file, code=1)
+    assert "items.jsonl:1: the row has no choice" in message
+    with FeedbackStore(run / STORE) as store:
+        assert store.gold_items() == {"2"}
+        assert [p.prompt for p in store.pairs()] == ["mail [email]"] * 2
+
+
 def test_published_kappas_of_three_raters(shared_data: Path, tmp_path: Path) -> None:
     """PandaLM's README gives Cohen's kappas of .85, .88 and .86 for its three annotators."""
     directory = shared_data / "agree_pandalm"

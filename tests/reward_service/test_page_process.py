@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def test_the_secret_is_kept_for_its_owner_or_given(
     secret = page_secret(tmp_path)
     assert page_secret(tmp_path) == secret
     assert len(secret) > 40
-    assert stat.S_IMODE(os.stat(tmp_path / "page_secret").st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "page_secret").stat().st_mode) == 0o600
     monkeypatch.setenv(SECRET_VARIABLE, "short")
     with pytest.raises(ValueError, match="too short"):
         page_secret(tmp_path)
