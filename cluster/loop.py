@@ -147,7 +147,10 @@ def write_loop_report(config: RunConfig, rounds: int) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template(TEMPLATE).render(
-        name=directory.resolve().name, rounds=listed, strengths=strengths
+        name=directory.resolve().name,
+        rounds=listed,
+        labels=next(([f.label for f in r.figures] for r in listed if r.figures), []),
+        strengths=strengths,
     )
     path = directory / "report.html"
     partial = path.with_suffix(".html.part")

@@ -134,7 +134,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
     ("chinese_mobile", re.compile(f"{_BEFORE}{_MOBILE}{_AFTER}"), _always),
     (
         "phone",
-        re.compile(rf"(?<![\dA-Za-z.,])(?<!\d[ /-]){_PHONE}(?![\dA-Za-z]|[.,]\d)"),
+        re.compile(rf"(?<![\dA-Za-z.,]){_PHONE}(?![\dA-Za-z]|[.,]\d)"),
         _is_phone,
     ),
 )

@@ -179,7 +179,9 @@ def test_an_erased_person_is_gone_from_tables_and_files_and_stays_away(
     assert "3 judgements of erased people left out" in rlhf("import", "--run", run, everything)
     with FeedbackStore(run / STORE) as store:
         assert "heron" not in {a.annotator_id for a in store.annotators()}
-    assert "nobody called 'heron'" in rlhf("erase", "--run", run, "--person", "heron", code=1)
+    assert "nobody called 'heron'" in rlhf(
+        "erase", "--run", run, "--person", "heron", "--yes", code=1
+    )
     assert "nobody called" in rlhf("export", "--run", run, "--person", "x", mine, code=1)
 
 

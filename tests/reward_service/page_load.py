@@ -1,9 +1,9 @@
 """Many simulated people on the page, a process of its own, over HTTP.
 
-    python -m tests.reward_service.page_load --people 50 --seconds 60 [--store URL] [--kill-after S]
+    python -m tests.reward_service.page_load --people 50 --seconds 60 [--store URL] [--kill]
 
 Prints one JSON line: latencies of the page, and whether every acknowledged judgement is in the
-store exactly once. With --kill-after the page is killed with SIGKILL in the middle and started
+store exactly once. With --kill the page is killed with SIGKILL in the middle and started
 again; what it had acknowledged must be there.
 """
 
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ def start_page(run_dir: Path, port: int) -> subprocess.Popen[bytes]:
     raise TimeoutError("the page did not answer within 60 s")
 
 
+Ended = Callable[["Crowd"], bool]
+
+
 class Crowd:
     """Simulated people and what they saw."""
 
@@ -77,22 +81,18 @@ class Crowd:
         self.latencies: list[float] = []
         self.acknowledged: Counter[str] = Counter()  # assignment -> answers acknowledged
         self.failed = 0
+        self.started = 0.0
 
-    async def person(self, token: str, until: float, seed: int) -> None:
+    async def person(self, client: httpx.AsyncClient, html: str, seed: int, end: Ended) -> None:
+        """Judges until the end; after an error loads the page again, as a person would."""
         rng = random.Random(seed)
-        async with httpx.AsyncClient(base_url=self.url, timeout=30) as client:
-            html = await self.signed_in(client, token)
-            while time.monotonic() < until:
-                await asyncio.sleep(self.think_s * rng.uniform(0.5, 1.5))
-                try:
-                    html = await self.judge(client, html, rng)
-                except httpx.HTTPError:  # the page was killed: as a person, load it again
-                    self.failed += 1
-                    await asyncio.sleep(0.5)
-                    try:
-                        html = (await client.get("/judge")).text
-                    except httpx.HTTPError:
-                        continue
+        while not end(self):
+            await asyncio.sleep(self.think_s * rng.uniform(0.5, 1.5))
+            try:
+                html = await self.judge(client, html, rng)
+            except httpx.HTTPError:
+                self.failed += 1
+                html = ""
 
     async def signed_in(self, client: httpx.AsyncClient, token: str) -> str:
         page = await client.get(f"/join/{token}")
@@ -117,24 +117,43 @@ class Crowd:
 
 
 async def crowd_of(
-    url: str, tokens: list[str], seconds: float, think_s: float, half_way: Any
+    url: str, tokens: list[str], think_s: float, end: Ended, half: Ended, half_way: Any
 ) -> Crowd:
+    """Everybody signs in; then they judge until ``end``, and ``half_way`` is called at ``half``."""
     crowd = Crowd(url, think_s)
-    until = time.monotonic() + seconds
-    tasks = [
-        asyncio.create_task(crowd.person(token, until, seed)) for seed, token in enumerate(tokens)
+    clients = [httpx.AsyncClient(base_url=url, timeout=60) for _ in tokens]
+    pages = [
+        await crowd.signed_in(client, token) for client, token in zip(clients, tokens, strict=True)
+    ]
+    crowd.started = time.monotonic()
+    work = [
+        asyncio.create_task(crowd.person(client, page, seed, end))
+        for seed, (client, page) in enumerate(zip(clients, pages, strict=True))
     ]
     if half_way is not None:
-        await asyncio.sleep(seconds / 2)
+        while not half(crowd):
+            await asyncio.sleep(0.02)
         await asyncio.to_thread(half_way)
-    await asyncio.gather(*tasks)
+    await asyncio.gather(*work)
+    for client in clients:
+        await client.aclose()
     return crowd
 
 
 def run(
-    run_dir: Path, *, count: int, seconds: float, think_s: float, store: str, kill: bool
+    run_dir: Path,
+    *,
+    count: int,
+    think_s: float,
+    store: str,
+    kill: bool,
+    seconds: float | None = None,
+    answers: int | None = None,
 ) -> dict[str, Any]:
-    """Prepare a store, let the crowd work, and compare what they were told with what is there."""
+    """Prepare a store, let the crowd work, and compare what they were told with what is there.
+
+    They work for so many seconds, or until so many answers have been acknowledged.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(
         json.dumps(
@@ -175,7 +194,8 @@ def run(
     try:
         crowd = asyncio.run(
             crowd_of(
-                f"http://127.0.0.1:{port}", tokens, seconds, think_s,
+                f"http://127.0.0.1:{port}", tokens, think_s,
+                _after(seconds, answers, 1.0), _after(seconds, answers, 0.5),
                 kill_and_restart if kill else None,
             )
         )  # fmt: skip
@@ -183,6 +203,19 @@ def run(
         page[0].send_signal(signal.SIGTERM)
         page[0].wait(timeout=30)
     return compare(store, crowd)
+
+
+def _after(seconds: float | None, answers: int | None, share: float) -> Ended:
+    """When so large a share of the work is done; a crowd that is stuck ends after three minutes."""
+
+    def reached(crowd: Crowd) -> bool:
+        passed = time.monotonic() - crowd.started
+        if seconds is not None:
+            return passed > share * seconds
+        assert answers is not None
+        return len(crowd.acknowledged) >= share * answers or passed > 180
+
+    return reached
 
 
 def compare(location: str, crowd: Crowd) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_personal_data_is_masked(text: str, masked: str) -> None:
     "text",
     [
         "In 2024, 1,234,567 people paid 12.50 on 2024-11-25 at 10:30:45.",
-        "4111 1111 1111 1112",  # wrong check digit
+        "4111111111111112",  # wrong check digit
         "110105194912310021",  # wrong check digit of an identity number
         "GB82 WEST 1234 5698",
         "version 1.2.3 and 300.1.1.1",

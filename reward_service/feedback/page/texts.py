@@ -192,34 +192,34 @@ INSTRUCTIONS: Mapping[Language, str] = {
     "en": """\
 You will see a task and texts that were written for it. Say how good they are.
 
-Read the task first, then every text to its end. Judge what is written: is it right, does it do
-what the task asks, is it clear and pleasant to read? Longer is not better in itself, and it does
+Read the task first, then every text to its end. Judge what is written: is it right, does it do \
+what the task asks, is it clear and pleasant to read? Longer is not better in itself, and it does \
 not matter which one is shown first.
 
-If two texts are equally good, say so. If none is of any use, say that both are bad. Skip what you
-cannot judge, and report what should not be shown to anybody. You can take back your last answer.
-Some items come a second time, and some have a known answer: that is how we learn how reliable
+If two texts are equally good, say so. If none is of any use, say that both are bad. Skip what you \
+cannot judge, and report what should not be shown to anybody. You can take back your last answer. \
+Some items come a second time, and some have a known answer: that is how we learn how reliable \
 judgements are.""",
     "zh": """\
 您会看到一个题目，以及为它写的文本。请评判这些文本的好坏。
 
-请先读题目，再把每篇文本读完。请就文论文：内容是否正确，是否完成了题目的要求，是否清楚易读？
+请先读题目，再把每篇文本读完。请就文论文：内容是否正确，是否完成了题目的要求，是否清楚易读？\
 篇幅长不等于好，先后顺序也没有意义。
 
-如果两篇一样好，请直接说明；如果都没有用处，请选“两篇都差”。无法判断的可以跳过，不应展示的请报告。
+如果两篇一样好，请直接说明；如果都没有用处，请选“两篇都差”。无法判断的可以跳过，不应展示的请报告。\
 您可以撤销上一条回答。有些内容会再次出现，有些已有标准答案：这能帮助我们了解评判的可靠程度。""",
 }
 
 CONSENT: Mapping[Language, str] = {
     "en": """\
-Your judgements are used to train and to measure language models. They are stored under a random
-name, with the time that you took. Your name, your e-mail address and your IP address are not
-stored. The texts are written by machines and may be wrong or upsetting; you may skip any of them,
-and stop at any time, without giving a reason. You can download what is stored about you here, and
+Your judgements are used to train and to measure language models. They are stored under a random \
+name, with the time that you took. Your name, your e-mail address and your IP address are not \
+stored. The texts are written by machines and may be wrong or upsetting; you may skip any of them, \
+and stop at any time, without giving a reason. You can download what is stored about you here, and \
 have it deleted: tell the person who invited you your random name.""",
     "zh": """\
-您的评判将用于训练和评测语言模型。评判以随机代号保存，并记录所用时间；
-不保存您的姓名、邮箱或 IP 地址。文本由机器撰写，可能有误或令人不适；
-您可以跳过任何一条，也可以随时停止，无需说明理由。
+您的评判将用于训练和评测语言模型。评判以随机代号保存，并记录所用时间；\
+不保存您的姓名、邮箱或 IP 地址。文本由机器撰写，可能有误或令人不适；\
+您可以跳过任何一条，也可以随时停止，无需说明理由。\
 您可以在本页下载与您有关的数据，也可以要求删除：请将您的随机代号告知邀请您的人。""",
 }
