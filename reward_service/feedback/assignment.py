@@ -15,7 +15,7 @@ from sqlalchemy import Connection, and_, case, func, select
 from reward_service.comparison import Annotator
 from reward_service.config import PeopleConfig
 from reward_service.feedback.database import Database
-from reward_service.feedback.leases import Assignment, Leases, assignment_of, joined
+from reward_service.feedback.leases import Assignment, Leases, assignment_of, joined, settle
 from reward_service.feedback.privacy import mask
 from reward_service.feedback.schema import actions, assignments, settings, tasks
 from reward_service.feedback.store import FeedbackStore, now
@@ -135,7 +135,7 @@ class Assignments:
 
         def write(connection: Connection) -> bool:
             self._leases.lock_person(connection, annotator_id)
-            given = self._leases.own(connection, annotator_id, assignment_id)
+            given = self._leases.own(connection, annotator_id, assignment_id, lock=True)
             if given.state not in ("leased", "expired"):
                 return False
             checked = checked_answer(given.task, answer, self._config.criteria)
@@ -166,7 +166,7 @@ class Assignments:
 
         def write(connection: Connection) -> bool:
             self._leases.lock_person(connection, annotator_id)
-            given = self._leases.own(connection, annotator_id, assignment_id)
+            given = self._leases.own(connection, annotator_id, assignment_id, lock=True)
             if given.state not in ("leased", "expired"):
                 return False
             self._finish(connection, given, state, None)
@@ -250,6 +250,7 @@ class Assignments:
             else ("open", and_(tasks.c.flags < limit, tasks.c.state == "flagged"))
         )
         connection.execute(tasks.update().where(chosen, reached).values(state=state))
+        settle(connection, given.task.task_id)
 
     def _log(
         self,

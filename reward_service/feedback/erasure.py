@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Table, and_, delete, exists, select, union
 
 from reward_service.feedback import schema
+from reward_service.feedback.leases import settle
 from reward_service.feedback.people import hash_of
 from reward_service.feedback.store import FeedbackStore, now
 
@@ -177,3 +178,4 @@ def _return_tasks(connection: Connection, condition: Any) -> None:
             .where(tasks.c.task_id == row.task_id)
             .values(taken=tasks.c.taken - 1, done=tasks.c.done - int(row.state == "done"))
         )
+        settle(connection, row.task_id)

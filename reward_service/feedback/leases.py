@@ -109,7 +109,7 @@ class Leases:
             select(tasks)
             .where(tasks.c.state == "open", condition, ~seen)
             # Those that others have begun come first among equals: agreement is known early.
-            .order_by(tasks.c.priority.desc(), tasks.c.taken.desc(), tasks.c.shuffle)
+            .order_by(tasks.c.priority.desc(), tasks.c.taken.desc(), tasks.c.shuffle.desc())
             .limit(1)
             .with_for_update(of=tasks, skip_locked=True)
         ).first()
@@ -136,7 +136,7 @@ class Leases:
                 assignments.c.annotator_id == annotator_id,
                 assignments.c.state == "done",
                 assignments.c.repeat == 0,
-                tasks.c.state == "open",
+                tasks.c.state.in_(("open", "complete")),
                 tasks.c.gold.is_(None),
                 ~exists().where(
                     again.c.task_id == assignments.c.task_id,
@@ -194,13 +194,17 @@ class Leases:
         )
         return self.own(connection, given.annotator_id, given.assignment_id)
 
-    def own(self, connection: Connection, annotator_id: str, assignment_id: int) -> Assignment:
-        row = connection.execute(
-            joined().where(
-                assignments.c.assignment_id == assignment_id,
-                assignments.c.annotator_id == annotator_id,
-            )
-        ).first()
+    def own(
+        self, connection: Connection, annotator_id: str, assignment_id: int, *, lock: bool = False
+    ) -> Assignment:
+        """This person's assignment; with ``lock`` nobody lets its lease expire meanwhile."""
+        query = joined().where(
+            assignments.c.assignment_id == assignment_id,
+            assignments.c.annotator_id == annotator_id,
+        )
+        if lock:
+            query = query.with_for_update(of=assignments)
+        row = connection.execute(query).first()
         if row is None:
             raise NotYoursError("this item is not yours to judge")
         return assignment_of(row._mapping)
@@ -215,6 +219,22 @@ class Leases:
             tasks.update()
             .where(tasks.c.task_id == given.task.task_id)
             .values(taken=tasks.c.taken + taken, done=tasks.c.done + done)
+        )
+        if done:
+            settle(connection, given.task.task_id)
+
+
+def settle(connection: Connection, task_id: str) -> None:
+    """A task that has its answers is complete, and open again when one is taken back.
+
+    The queue is read through an index on the state: complete tasks cost it nothing.
+    """
+    enough = tasks.c.done >= tasks.c.overlap
+    for before, after, reached in (("open", "complete", enough), ("complete", "open", ~enough)):
+        connection.execute(
+            tasks.update()
+            .where(tasks.c.task_id == task_id, tasks.c.state == before, reached)
+            .values(state=after)
         )
 
 

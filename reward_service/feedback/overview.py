@@ -16,6 +16,7 @@ from reward_service.feedback.agreement import percent_agreement, wilson_interval
 from reward_service.feedback.agreement_report import agreement_report, choice_counts, rating_report
 from reward_service.feedback.assignment import is_paused, open_answers
 from reward_service.feedback.database import Database
+from reward_service.feedback.leases import settle
 from reward_service.feedback.raters import rater_quality
 from reward_service.feedback.schema import (
     actions,
@@ -119,7 +120,10 @@ def set_task_state(database: Database, task_id: str, state: str) -> None:
     def write(connection: Connection) -> int:
         values: dict[str, Any] = {"state": state} | ({"flags": 0} if state == "open" else {})
         changed = tasks.update().where(tasks.c.task_id == task_id).values(**values)
-        return connection.execute(changed).rowcount
+
+        count = connection.execute(changed).rowcount
+        settle(connection, task_id)
+        return count
 
     if database.write(write) != 1:
         raise ValueError(f"there is no task {task_id!r}")

@@ -118,7 +118,7 @@ tasks = Table(
     # The known answer of a gold item, as an answer of the page is kept.
     Column("gold", JSON(none_as_null=True), nullable=True),
     Column("round", Integer, nullable=False),
-    # open, flagged or closed.
+    # open, complete (it has its answers), flagged (withheld) or closed (by an administrator).
     Column("state", String(16), nullable=False),
     # Answers given and promised: finished assignments and leases that have not expired.
     Column("taken", Integer, nullable=False),
