@@ -54,7 +54,7 @@ class Database:
         self.is_sqlite = url.get_backend_name() == "sqlite"
         try:
             # One more connection than the threads that serve the page.
-            pool = {} if self.is_sqlite else {"pool_size": 10, "max_overflow": 31}
+            pool: dict[str, Any] = {} if self.is_sqlite else {"pool_size": 10, "max_overflow": 31}
             self._engine = create_engine(url, pool_pre_ping=not self.is_sqlite, **pool)
         except (ArgumentError, ModuleNotFoundError) as error:
             raise ValueError(

@@ -101,8 +101,12 @@ def over_time(said: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 def reward_model_errors(run_dir: Path | None, most: int = 20) -> list[dict[str, Any]]:
     """Held-out pairs on which the reward model is surest and most people say the opposite."""
-    path = None if run_dir is None else run_dir / "reward_model" / ERRORS
-    if path is None or not path.is_file():
+    if run_dir is None:
+        return []
+    # Of `rlhf loop`, the newest round that has one.
+    of_rounds = sorted(run_dir.glob(f"round-*/reward_model/{ERRORS}"))
+    path = of_rounds[-1] if of_rounds else run_dir / "reward_model" / ERRORS
+    if not path.is_file():
         return []
     found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return found[:most]

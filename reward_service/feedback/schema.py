@@ -7,6 +7,8 @@ of actions, all append-only; a row is taken back by a later row that supersedes 
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     Boolean,
@@ -51,7 +53,7 @@ pairs = Table(
 )
 
 
-def _judgement_columns() -> list[Column[object]]:
+def _judgement_columns() -> list[Column[Any]]:
     """What every row of judgement has besides what was said."""
     return [
         Column("created_at", String(40), nullable=False),

@@ -114,3 +114,7 @@ def test_the_reward_models_errors_are_read_from_the_run(tmp_path: Path) -> None:
     rows = [{"item_id": str(n)} for n in range(30)]
     (tmp_path / "reward_model" / "disagreements.json").write_text(json.dumps(rows))
     assert len(reward_model_errors(tmp_path)) == 20
+    newest = tmp_path / "round-02" / "reward_model"
+    newest.mkdir(parents=True)
+    (newest / "disagreements.json").write_text("[]")
+    assert reward_model_errors(tmp_path) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,12 @@ def test_the_secret_is_kept_for_its_owner_or_given(
         page_secret(tmp_path)
     monkeypatch.setenv(SECRET_VARIABLE, "x" * 40)
     assert page_secret(tmp_path) == "x" * 40
+
+
+def test_the_page_needs_neither_ray_nor_a_model() -> None:
+    code = (
+        "import sys, cluster.feedback, reward_service.feedback.page.serve\n"
+        "heavy = {'torch', 'ray', 'vllm', 'transformers', 'alembic'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -52,14 +54,14 @@ def upgrade() -> None:
         op.drop_table("feedback_schema")  # the version number of 0.1.0
 
 
-def _judgement_columns() -> list[sa.Column[object]]:
+def _judgement_columns() -> list[sa.Column[Any]]:
     return [
         sa.Column("withdrawn", sa.Boolean, nullable=False, server_default=sa.false()),
         sa.Column("repeat", sa.Integer, nullable=False, server_default="0"),
     ]
 
 
-def _person() -> sa.Column[object]:
+def _person() -> sa.Column[Any]:
     return sa.Column(
         "annotator_id",
         sa.String(128),
