@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,7 +26,11 @@ from reward_service.feedback.tasks import Task, task_of_pair
 from reward_service.feedback.transfer import masked_task
 from reward_service.score import ScoreItem
 
+if TYPE_CHECKING:
+    from reward_service.model import RewardModel
+
 POLL_S = 2.0
+SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
 
 
 def add_tasks(store: FeedbackStore, config: CollectConfig, tasks: Sequence[Task]) -> int:
@@ -92,16 +96,7 @@ def least_sure(
     margins, usable = [], np.ones(len(pairs), bool)
     for path in models:
         model = RewardModel.load(Path(path))
-        scores = [
-            model.score(
-                [
-                    ScoreItem(prompt=p.prompt, messages=p.messages, response=side(p).text)
-                    for p in pairs
-                ],
-                truncation="left",
-            ).scores
-            for side in (lambda p: p.a, lambda p: p.b)
-        ]
+        scores = [_scores(model, pairs, side) for side in SIDES]
         known = np.array([x is not None and y is not None for x, y in zip(*scores, strict=True)])
         usable &= known
         margins.append([(x or 0.0) - (y or 0.0) for x, y in zip(*scores, strict=True)])
@@ -112,6 +107,16 @@ def least_sure(
     order = {id(pair): float(value) for pair, value in zip(kept, values, strict=True)}
     chosen = most_uncertain(kept, values, count)
     return chosen, [order[id(pair)] for pair in chosen]
+
+
+def _scores(
+    model: RewardModel, pairs: Sequence[Pair], side: Literal["a", "b"]
+) -> tuple[float | None, ...]:
+    items = [
+        ScoreItem(prompt=p.prompt, messages=p.messages, response=(p.a if side == "a" else p.b).text)
+        for p in pairs
+    ]
+    return model.score(items, truncation="left").scores
 
 
 def wait_for_people(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import krippendorff
 import numpy as np
@@ -22,7 +22,8 @@ Codes = npt.NDArray[np.int64]
 
 Level = Literal["nominal", "ordinal", "interval"]
 
-Array = TypeVar("Array", bound="npt.NDArray[Any]")
+Array = npt.NDArray[np.int64]
+"""Counts or codes, one row an item."""
 
 
 def counts_of_codes(codes: Codes, labels: int) -> Counts:

@@ -31,7 +31,8 @@ def uncertainty(margins: FloatArray) -> FloatArray:
     together = _entropy(p.mean(axis=0))
     if len(margins) == 1:
         return together
-    return together - _entropy(p).mean(axis=0)
+    disagreement: FloatArray = together - _entropy(p).mean(axis=0)
+    return disagreement
 
 
 def most_uncertain(items: Sequence[Item], values: FloatArray, count: int) -> list[Item]:

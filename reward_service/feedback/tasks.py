@@ -140,7 +140,7 @@ def row_of_task(task: Task) -> dict[str, Any]:
     }
 
 
-def task_of_row(row: Mapping[str, Any]) -> Task:
+def task_of_row(row: Mapping[Any, Any]) -> Task:
     content = row["content"]
     return Task(
         task_id=row["task_id"],

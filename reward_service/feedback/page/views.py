@@ -64,7 +64,7 @@ class Progress:
 
 def item_of(given: Assignment, *, differences: bool) -> Item:
     texts = [given.task.candidates[number].text for number in given.shown]
-    pieces = [(Piece(text=text),) for text in texts]
+    pieces: list[tuple[Piece, ...]] = [(Piece(text=text),) for text in texts]
     if differences and len(texts) == 2:
         pieces = list(difference(texts[0], texts[1]))
     return Item(
@@ -82,10 +82,10 @@ def difference(first: str, second: str) -> tuple[tuple[Piece, ...], tuple[Piece,
 
     The pieces of a text put together are the text.
     """
-    words = _PIECES.findall(first), _PIECES.findall(second)
+    words: list[list[str]] = [_PIECES.findall(first), _PIECES.findall(second)]
     # White space is compared as one kind, or a double blank would tear the words around it apart.
     keys = [[" " if word.isspace() else word for word in side] for side in words]
-    matcher = difflib.SequenceMatcher(None, *keys, autojunk=False)
+    matcher = difflib.SequenceMatcher(None, keys[0], keys[1], autojunk=False)
     sides: tuple[list[Piece], list[Piece]] = ([], [])
     for tag, from_a, to_a, from_b, to_b in matcher.get_opcodes():
         for side, piece in (
