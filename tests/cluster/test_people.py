@@ -11,7 +11,9 @@ import pytest
 
 from actors.trajectory import Trajectory
 from cluster import people as run_side
+from cluster.config import RunConfig
 from cluster.people import add_tasks, comparison_tasks, least_sure, sample_tasks, wait_for_people
+from cluster.pipeline import Pipeline
 from cluster.progress import Reporter
 from cluster.stop import Stopped
 from reward_service.comparison import Candidate, Pair
@@ -121,3 +123,13 @@ def test_the_wait_ends_when_people_have_answered(
         report = wait_for_people(workplace(tmp_path), store, config, 0)
         worker.join()
         assert report["comparisons"] == 3
+
+
+def test_overwrite_does_not_throw_away_what_people_said(tmp_path: Path) -> None:
+    config = RunConfig(
+        run_dir=tmp_path, model=str(tmp_path), collect=CollectConfig(source="people")
+    )
+    FeedbackStore(tmp_path / "feedback.sqlite").close()
+    with pytest.raises(ValueError, match="holds what people said"):
+        Pipeline(config, resume=False, overwrite=True).run(only="collect")
+    assert (tmp_path / "feedback.sqlite").exists()
