@@ -136,6 +136,25 @@ def stats_command(run_dir: Path, as_json: bool) -> None:
     print_stats(run_dir, click.echo, as_json=as_json)
 
 
+@feedback.command("prioritise")
+@RUN
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    required=True,
+    help="Reward-model directory; repeat it: several say best what is worth asking.",
+)
+def prioritise_command(run_dir: Path, models: tuple[str, ...]) -> None:
+    """Ask people next about the pairs of which reward models are least sure.
+
+    May be repeated while people judge, with a model trained on what they have said so far.
+    """
+    from cluster.feedback import prioritise
+
+    click.echo(f"{prioritise(run_dir, models)} open pairs in order")
+
+
 @feedback.command("invite")
 @RUN
 @click.option("--name", help="A new link for this person; the old one ends.")

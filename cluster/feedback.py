@@ -13,9 +13,9 @@ from typing import Any
 from actors.data_files import read_rows
 from cluster.config import RunConfig, load_config
 from reward_service.comparison import Annotator, Pair
-from reward_service.config import CollectConfig
+from reward_service.config import CollectConfig, PeopleConfig
 from reward_service.feedback.agreement_report import agreement_report, rating_report
-from reward_service.feedback.assignment import Assignments
+from reward_service.feedback.assignment import Assignments, open_pairs
 from reward_service.feedback.erasure import data_of, erase, expire
 from reward_service.feedback.formats import (
     Format,
@@ -117,6 +117,24 @@ def import_tasks(run_dir: Path, files: Sequence[Path], *, gold: bool, masking: b
             tasks.append(masked_task(task) if masking else task)
     with FeedbackStore(store_location(run_dir)) as store:
         return Assignments(store, config.people).add_tasks(tasks)
+
+
+def prioritise(run_dir: Path, models: Sequence[str]) -> int:
+    """Ask next about the open pairs of which reward models are least sure; how many there are.
+
+    Raises:
+        ValueError: No pair is open.
+    """
+    from cluster.people import least_sure
+
+    with open_existing(run_dir) as store:
+        pairs = store.database.read(open_pairs)
+        if not pairs:
+            raise ValueError(f"{run_dir} has no open pairs to put in order")
+        chosen, values = least_sure(pairs, models, len(pairs))
+        order = {pair.item_id: value for pair, value in zip(chosen, values, strict=True)}
+        Assignments(store, PeopleConfig()).set_priorities(order)
+    return len(order)
 
 
 def export_file(run_dir: Path, path: Path, *, form: Format) -> dict[str, Any]:

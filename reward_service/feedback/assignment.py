@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, case, func, select
 
-from reward_service.comparison import Annotator
+from reward_service.comparison import Annotator, Pair
 from reward_service.config import PeopleConfig
 from reward_service.feedback.database import Database
 from reward_service.feedback.leases import Assignment, Leases, assignment_of, joined, settle
@@ -25,6 +25,7 @@ from reward_service.feedback.tasks import (
     checked_answer,
     entries_of,
     row_of_task,
+    task_of_row,
 )
 
 REASONS = {
@@ -297,3 +298,11 @@ def open_answers(connection: Connection, round_number: int | None = None) -> tup
         query = query.where(tasks.c.round == round_number)
     given, wanted = connection.execute(query).one()
     return int(given), int(wanted)
+
+
+def open_pairs(connection: Connection) -> list[Pair]:
+    """Pairs that still want answers, gold items apart."""
+    query = select(tasks).where(
+        tasks.c.state == "open", tasks.c.kind == "comparison", tasks.c.gold.is_(None)
+    )
+    return [task_of_row(row._mapping).pair for row in connection.execute(query)]

@@ -12,6 +12,7 @@ import pytest
 from actors.trajectory import Trajectory
 from cluster import people as run_side
 from cluster.config import RunConfig
+from cluster.feedback import prioritise
 from cluster.people import add_tasks, comparison_tasks, least_sure, sample_tasks, wait_for_people
 from cluster.pipeline import Pipeline
 from cluster.progress import Reporter
@@ -78,6 +79,16 @@ def test_the_least_sure_pairs_are_chosen(tiny_llama: Path, tmp_path: Path) -> No
     tasks = comparison_tasks(chosen, CollectConfig(), values, 4)
     assert [t.priority for t in tasks] == values
     assert {t.round for t in tasks} == {4}
+    run = tmp_path / "run"
+    config = CollectConfig(people=PeopleConfig(repeat_share=0, gold_share=0))
+    with FeedbackStore(run / "feedback.sqlite") as store:
+        add_tasks(store, config, comparison_tasks(pairs, config, [0.0] * 8, 0))
+    assert prioritise(run, [str(model)]) == 8
+    with FeedbackStore(run / "feedback.sqlite") as store:
+        name, _ = people.invite(store.database, days=1)
+        given = Assignments(store, config.people).next(name)
+        assert given is not None
+        assert given.task.pair == chosen[0]
 
 
 def workplace(directory: Path, stop: bool = False) -> SimpleNamespace:
