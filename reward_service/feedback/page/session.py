@@ -50,10 +50,15 @@ def signed_in(request: Request) -> Person:
 
 
 def maybe_signed_in(request: Request) -> Person | None:
+    """Looked up once in a request, by what its session says now."""
     token_hash = request.session.get("invite")
     if not isinstance(token_hash, str):
         return None
-    return who(request.app.state.page.store.database, token_hash)
+    known: tuple[str, Person | None] | None = getattr(request.state, "person", None)
+    if known is None or known[0] != token_hash:
+        known = (token_hash, who(request.app.state.page.store.database, token_hash))
+        request.state.person = known
+    return known[1]
 
 
 def administrator(request: Request) -> Person:
