@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cluster.cli_feedback import feedback
 from cluster.cli_serve import serve
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def main(debug: bool) -> None:  # noqa: ARG001  (read from the context)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def stage_command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
+def stage_command(
+    name: str, *, config_required: bool = True, **attributes: Any
+) -> Callable[[Callable[..., Any]], click.Command]:
     """A command that works on a configured run: --config, --resume, --overwrite, overrides."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
@@ -92,7 +95,7 @@ def stage_command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]]
                     "--config",
                     "-c",
                     type=click.Path(path_type=Path),
-                    required=True,
+                    required=config_required,
                     help="YAML file of the run; a run directory's config.yaml works too.",
                 ),
                 click.option(
@@ -198,13 +201,39 @@ def sft(**options: Any) -> None:
     open_pipeline(**options).run(only="sft")
 
 
-@stage_command("collect")
-def collect(**options: Any) -> None:
+@stage_command("collect", config_required=False)
+@click.option("--serve", is_flag=True, help="Serve the page on which people judge, until Ctrl-C.")
+@click.option(
+    "--run",
+    "run_dir",
+    type=click.Path(path_type=Path),
+    help="With --serve: the run directory (or --config).",
+)
+@click.option("--host", help="With --serve. Default: collect.people.host, loopback.")
+@click.option("--port", type=click.IntRange(0, 65535), help="With --serve; 0 picks a free one.")
+def collect(
+    serve: bool, run_dir: Path | None, host: str | None, port: int | None, **options: Any
+) -> None:
     """Generate candidates and have them judged.
 
     The rollout actors write two candidates a prompt, judges compare them, and every judgement
     goes into RUN_DIR/feedback.sqlite. Agreement between the judges is reported.
+
+    \b
+    With collect.source=people, people judge in a browser. Two commands work together:
+      rlhf collect --config FILE        writes the candidates, then waits for the answers
+      rlhf collect --serve --run DIR    serves the page, and outlives everything else
     """
+    config, overrides = options["config"], options["overrides"]
+    if serve:
+        from cluster.feedback import serve_judging
+
+        serve_judging(config, run_dir, overrides, host=host, port=port)
+        return
+    if config is None:
+        raise click.UsageError("Missing option '--config' / '-c' (or --serve with --run).")
+    if run_dir or host or port is not None:
+        raise click.UsageError("--run, --host and --port belong to --serve")
     open_pipeline(**options).run(only="collect")
 
 
@@ -259,6 +288,26 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
             raise click.UsageError(f"--model {model!r} must look like name=directory")
         chosen[name] = Path(path)
     open_pipeline(**options).evaluate(chosen or None)
+
+
+@stage_command("loop")
+@click.option("--rounds", type=click.IntRange(1), help="Default: loop.rounds of the configuration.")
+def loop(rounds: int | None, config: Path, resume: bool, overwrite: bool, overrides: Any) -> None:
+    """Several rounds: generate, judge, reward model, PPO, evaluate, and again.
+
+    Base model and fine-tuning come first, once, where they are configured. Each round starts from
+    the policy that the one before left, has its own directory and report (RUN_DIR/round-01, ...),
+    and learns from all judgements so far. Stopped anywhere, --resume goes on there.
+    """
+    if overwrite:
+        raise click.UsageError("rounds are not overwritten: give another run_dir, or --resume")
+    from cluster.config import load_config
+
+    loaded = load_config(config, overrides)
+    from cluster.loop import run_loop
+
+    path = run_loop(loaded, rounds=rounds or loaded.loop.rounds, resume=resume, say=click.echo)
+    click.echo(f"\nThe page of all rounds: {path.resolve()}")
 
 
 @main.command("generate")
@@ -402,6 +451,9 @@ def bench(what: str, as_json: bool, repeats: int) -> None:
     from cluster.bench import run_benchmark
 
     run_benchmark(what, as_json=as_json, repeats=repeats)
+
+
+main.add_command(feedback)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,20 @@ class EvaluateConfig(StrictConfig):
     temperature: float = Field(1.0, ge=0, description="0 is greedy")
 
 
+class LoopConfig(StrictConfig):
+    """Several rounds of the whole loop (``rlhf loop``)."""
+
+    rounds: int = Field(3, ge=1)
+    earlier_policies: int = Field(
+        2, ge=0, description="policies of earlier rounds that the newest is compared with"
+    )
+    active: bool = Field(
+        True,
+        description="from the second round on, judge the pairs about which the reward model of"
+        " the round before is least sure",
+    )
+
+
 class RunConfig(StrictConfig):
     """A whole run. A stage whose section is missing is not run by the pipeline."""
 
@@ -64,6 +78,7 @@ class RunConfig(StrictConfig):
     learners: LearnersConfig = LearnersConfig()
     ppo: PPOConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
+    loop: LoopConfig = LoopConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")

@@ -13,17 +13,33 @@ from actors.config import SamplingConfig
 from actors.datasets import RawPrompt
 from actors.prompts import tokenize_prompts
 from actors.trajectory import Demonstration, Message, SampleFailure, Trajectory
+from cluster.config import RunConfig
 from cluster.data import judged_quality
+from cluster.feedback import STORE
+from cluster.people import (
+    add_tasks,
+    comparison_tasks,
+    least_sure,
+    sample_tasks,
+    wait_for_people,
+)
 from cluster.stages import Workplace
 from cluster.stop import Stopped
 from learner.config import RewardModelConfig
-from reward_service.comparison import Annotator, Comparison
+from learner.judgements import Teaching
+from reward_service.comparison import Annotator, Comparison, Pair
 from reward_service.config import CollectConfig
-from reward_service.feedback.agreement import agreement_report
-from reward_service.feedback.collect import collect_judgements, given_preference, pairs_of_samples
+from reward_service.feedback.aggregate import consensus
+from reward_service.feedback.agreement_report import agreement_report
+from reward_service.feedback.assignment import open_answers
+from reward_service.feedback.collect import (
+    collect_judgements,
+    given_preference,
+    pairs_between,
+    pairs_of_samples,
+)
 from reward_service.feedback.store import FeedbackStore
-
-STORE = "feedback.sqlite"
+from reward_service.feedback.tasks import Task
 
 Item = TypeVar("Item")
 
@@ -31,9 +47,10 @@ Item = TypeVar("Item")
 SPARE = 1.1
 
 
-def open_store(run_dir: Path) -> FeedbackStore:
+def open_store(config: RunConfig) -> FeedbackStore:
     """The judgements of a run."""
-    return FeedbackStore(run_dir / STORE)
+    given = config.collect.store if config.collect is not None else None
+    return FeedbackStore(given or config.run_dir / STORE)
 
 
 def judge(work: Workplace) -> dict[str, Any]:
@@ -42,6 +59,7 @@ def judge(work: Workplace) -> dict[str, Any]:
     assert config is not None
     sources = {
         "simulated": from_judges,
+        "people": from_people,
         "demonstrations": from_demonstrations,
         "preferences": from_preferences,
     }
@@ -62,28 +80,34 @@ def reference_samples(
         ((prompt, messages, text), model)
         for (prompt, _, text), (messages, model) in by_text.items()
     ]
-    sampled = [sample for sample, model in candidates if model == "policy"]
+    names = {model for _, model in candidates if model.startswith("policy")}
+    # The newest policy is what PPO starts from: policy, policy-1, policy-2, ...
+    newest = max(names, key=lambda name: int(name.partition("-")[2] or 0), default=None)
+    sampled = [sample for sample, model in candidates if model == newest]
     chosen = sampled or [sample for sample, _ in candidates]
     return random.Random(0).sample(chosen, min(len(chosen), config.normalize_samples))
+
+
+def teaching_of(comparisons: Sequence[Comparison], config: RewardModelConfig) -> Teaching:
+    """How votes become labels: as they are, weighted by the judge, or by what they say together."""
+    if config.labels == "votes" or not comparisons:
+        return Teaching()
+    found = consensus(comparisons)
+    if config.labels == "weighted":
+        return Teaching(weights=found.reliability)
+    return Teaching(labels=found.preference)
 
 
 def from_judges(work: Workplace, config: CollectConfig) -> dict[str, Any]:
     """Two samples a prompt, compared by simulated judges."""
     quality = judged_quality(work.data, config.quality)
-    prompts = draw(work.data.prompts(), round(config.pairs * SPARE), work.config.seed)
-    trajectories = sample(work, prompts, config, samples_per_prompt=2)
-    pairs = pairs_of_samples(trajectories, model="policy", count=config.pairs)
-    if not pairs:
-        raise RuntimeError(
-            "the policy wrote the same text twice for every prompt, so there is nothing to "
-            "compare: raise collect.temperature"
-        )
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    pairs, _ = candidate_pairs(work, config)
+    by_id = {prompt.prompt_id: prompt for prompt in work.data.prompts()}
 
     def perceived(prompt_id: str, response: str) -> float:
         return quality(by_id[prompt_id], response)
 
-    with open_store(work.run_dir) as store, work.reporter.bar("judge") as bar:
+    with open_store(work.config) as store, work.reporter.bar("judge") as bar:
         comparisons = collect_judgements(
             pairs,
             perceived,
@@ -93,6 +117,76 @@ def from_judges(work: Workplace, config: CollectConfig) -> dict[str, Any]:
             on_progress=lambda done, total: bar.update(done, total, {}),
         )
     return agreement_report(comparisons, quality=perceived, seed=work.config.seed)
+
+
+def from_people(work: Workplace, config: CollectConfig) -> dict[str, Any]:
+    """Samples judged by people in a browser; waits until they have."""
+    with open_store(work.config) as store:
+        if store.database.read(lambda c: open_answers(c, config.round))[1] == 0:
+            add_tasks(store, config, people_tasks(work, config))
+        work.session.end()  # people take hours: nothing waits with them
+        return wait_for_people(work, store, config, config.round)
+
+
+def people_tasks(work: Workplace, config: CollectConfig) -> list[Task]:
+    """What people are asked, of the configured kind."""
+    if config.people.task == "comparison":
+        pairs, values = candidate_pairs(work, config)
+        return comparison_tasks(pairs, config, values, config.round)
+    count = config.people.candidates if config.people.task == "ranking" else 1
+    prompts = draw(work.data.prompts(), round(config.pairs * SPARE), _seed(work, config))
+    trajectories = sample(work, prompts, config, samples_per_prompt=count)
+    tasks = sample_tasks(
+        trajectories, config, model=_policy_name(config), round_number=config.round
+    )
+    if not tasks:
+        raise RuntimeError(
+            "the policy wrote too few different texts to judge: raise collect.temperature"
+        )
+    return tasks
+
+
+def candidate_pairs(work: Workplace, config: CollectConfig) -> tuple[list[Pair], list[float]]:
+    """Pairs to judge and their priorities.
+
+    Two samples of the policy, or one of it and one of an earlier policy. With ``least_sure_of``
+    several times as many are written, and the reward models choose among them.
+    """
+    factor = config.candidate_factor if config.least_sure_of else 1.0
+    wanted = round(config.pairs * factor)
+    prompts = draw(work.data.prompts(), round(wanted * SPARE), _seed(work, config))
+    name = _policy_name(config)
+    among = prompts[::2] if config.opponents else prompts
+    pairs = pairs_of_samples(
+        sample(work, among, config, samples_per_prompt=2), model=name, count=wanted
+    )
+    if config.opponents:
+        against = prompts[1::2]
+        own = sample(work, against, config, samples_per_prompt=1)
+        for number, (opponent, path) in enumerate(config.opponents.items()):
+            share = against[number :: len(config.opponents)]
+            ids = {prompt.prompt_id for prompt in share}
+            theirs = sample(work, share, config, samples_per_prompt=1, model=Path(path))
+            mine = [t for t in own if t.prompt.prompt_id in ids]
+            pairs += pairs_between(mine, theirs, models=(name, opponent))
+    if not pairs:
+        raise RuntimeError(
+            "the policy wrote the same text twice for every prompt, so there is nothing to "
+            "compare: raise collect.temperature"
+        )
+    if config.least_sure_of:
+        return least_sure(pairs, config.least_sure_of, config.pairs)
+    chosen = draw(pairs, config.pairs, _seed(work, config)) if config.opponents else pairs
+    return chosen[: config.pairs], [0.0] * min(len(chosen), config.pairs)
+
+
+def _policy_name(config: CollectConfig) -> str:
+    return f"policy-{config.round}" if config.round else "policy"
+
+
+def _seed(work: Workplace, config: CollectConfig) -> int:
+    """Each round draws other prompts and samples."""
+    return work.config.seed + 1000 * config.round
 
 
 def from_demonstrations(work: Workplace, config: CollectConfig) -> dict[str, Any]:
@@ -133,7 +227,7 @@ def from_demonstrations(work: Workplace, config: CollectConfig) -> dict[str, Any
         for d, other in zip(others, [*others[1:], others[0]], strict=True)
         if other.response != d.response
     ]
-    with open_store(work.run_dir) as store:
+    with open_store(work.config) as store:
         store.add_comparisons(comparisons)
     return agreement_report(comparisons, seed=work.config.seed)
 
@@ -155,16 +249,25 @@ def from_preferences(work: Workplace, config: CollectConfig) -> dict[str, Any]:
         for p in chosen
         if p.chosen != p.rejected
     ]
-    with open_store(work.run_dir) as store:
+    with open_store(work.config) as store:
         store.add_comparisons(comparisons)
     return agreement_report(comparisons, seed=work.config.seed)
 
 
 def sample(
-    work: Workplace, raw: Sequence[RawPrompt], config: CollectConfig, *, samples_per_prompt: int
+    work: Workplace,
+    raw: Sequence[RawPrompt],
+    config: CollectConfig,
+    *,
+    samples_per_prompt: int,
+    model: Path | None = None,
 ) -> list[Trajectory]:
-    """Samples of the policy model for the given prompts; failures are warned of and left out."""
-    model = work.config.policy_model
+    """Samples of a model (the policy) for the given prompts; failures are warned of and left out.
+
+    A second model gets other seeds than the first, or the two would write much the same.
+    """
+    stream = 0 if model is None else 1
+    model = model or work.config.policy_model
     prompts = tokenize_prompts(raw, AutoTokenizer.from_pretrained(model), work.config.data)
     sampling = SamplingConfig(
         max_new_tokens=work.config.sampling.max_new_tokens,
@@ -176,7 +279,9 @@ def sample(
     found: list[Trajectory] = []
     failed = 0
     with work.reporter.bar("generate") as bar:
-        for item in pool.generate(prompts, sampling, run_seed=work.config.seed, round_index=0):
+        for item in pool.generate(
+            prompts, sampling, run_seed=_seed(work, config), round_index=stream
+        ):
             if isinstance(item, SampleFailure):
                 failed += 1
                 work.reporter.warn(f"{item.sample_id}: {item.reason}")

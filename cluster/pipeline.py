@@ -174,9 +174,10 @@ class Pipeline:
             for stage in wanted
             if stage not in ("report", "evaluate")
             for name in OUTPUTS[stage]
-            if (directory / name).exists()
+            if (directory / name).exists() and not self._is_of_people(name)
         ]
         if self._overwrite:
+            self._spare_people(wanted)
             done = read_stages(directory)
             for stage in wanted:
                 done.pop(stage, None)
@@ -187,6 +188,23 @@ class Pipeline:
             raise FileExistsError(
                 f"{directory} already holds {', '.join(existing)}: go on with --resume, start "
                 "anew with --overwrite, or choose another run_dir"
+            )
+
+    def _is_of_people(self, name: str) -> bool:
+        """A store that people fill: the page or an import may have made it, and it only grows."""
+        collect = self._config.collect
+        return (
+            collect is not None
+            and collect.source == "people"
+            and name.startswith("feedback.sqlite")
+        )
+
+    def _spare_people(self, wanted: list[Stage]) -> None:
+        store = self._config.run_dir / "feedback.sqlite"
+        if "collect" in wanted and self._is_of_people(store.name) and store.exists():
+            raise ValueError(
+                f"{store} holds what people said, which --overwrite does not throw away: move it "
+                "elsewhere, or choose another run_dir"
             )
 
 

@@ -233,6 +233,11 @@ def _judgement(run: RunFiles) -> str | None:
             (run.setting("collect.pairs"), "pairs"),
             (run.setting("collect.judge.judges"), "simulated judges"),
         )
+    if source == "people":
+        return _join(
+            (run.setting("collect.pairs"), "items"),
+            (run.setting("collect.people.overlap"), "people each"),
+        )
     return None if source is None else f"from the data's {source}"
 
 

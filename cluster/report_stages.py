@@ -33,7 +33,10 @@ SECTIONS = {
 
 AGREEMENT: tuple[tuple[str, str, str, bool], ...] = (
     ("percent", "Two judges say the same", "of the same pair", True),
+    ("cohen", "Cohen's kappa", "beyond chance, mean of pairs of judges", False),
+    ("fleiss", "Fleiss' kappa", "beyond chance, all judges together", False),
     ("alpha", "Krippendorff's alpha", "beyond chance; harsh when one choice is rare", False),
+    ("graded_alpha", "Alpha with strength", "'slightly' is nearer to a tie than 'by far'", False),
     ("ac1", "Gwet's AC1", "beyond chance; mild when choices are even", False),
     ("leave_one_out", "One judge and the majority of the others", "say the same", True),
     ("majority_accuracy", "The majority and true quality", "prefer the same text", True),

@@ -50,6 +50,12 @@ class Session:
     ) -> None:
         self._stack.close()
 
+    def end(self) -> None:
+        """End everything that was started; what is needed later starts anew."""
+        self._stack.close()
+        self._connected = self._owns_ray = False
+        self._pool = self._loaded = self._service = None
+
     def connect(self, *, learners: bool = False) -> None:
         """Connect to Ray and wait until it is large enough for what comes."""
         if not self._connected:

@@ -115,14 +115,15 @@ def collect(work: Workplace) -> Summary:
 
 
 def reward(work: Workplace) -> Summary:
-    from cluster.judgement import open_store, reference_samples
+    from cluster.judgement import open_store, reference_samples, teaching_of
     from learner.reward_model import train_reward_model
 
     config = work.config
     assert config.reward_model is not None
     output = work.run_dir / "reward_model"
-    with open_store(work.run_dir) as store:
-        comparisons, ratings = store.comparisons(), store.ratings()
+    with open_store(config) as store:
+        comparisons, ratings = store.preferences(), store.ratings()
+    teaching = teaching_of(comparisons, config.reward_model)
     with work.watched("reward_model", output) as on_step:
         report = train_reward_model(
             config.reward_model,
@@ -131,6 +132,7 @@ def reward(work: Workplace) -> Summary:
             config.policy_model,
             output,
             reference_samples=reference_samples(comparisons, config.reward_model),
+            teaching=teaching,
             seed=config.seed,
             resume=work.resume,
             on_step=on_step,

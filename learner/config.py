@@ -92,6 +92,12 @@ class RewardModelConfig(SupervisedConfig):
     strength_margin: float = Field(
         0.0, ge=0, description="lead asked of the preferred response per grade of strength above 1"
     )
+    labels: Literal["votes", "weighted", "consensus"] = Field(
+        "votes",
+        description="votes: every judgement counts the same; weighted: by how reliable its judge"
+        " is; consensus: every judgement of a pair says what the judges together probably mean"
+        " (both by Dawid and Skene's model). Accuracy is always measured on the votes",
+    )
     rating_weight: float = Field(1.0, ge=0, description="weight of the regression loss on ratings")
     normalize_samples: int = Field(
         256, ge=0, description="samples of the SFT model on which the output gets mean 0, std 1"

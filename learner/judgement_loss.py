@@ -68,15 +68,18 @@ class JudgementLoss:
         rewards = scalar_rewards(model, [s for item in chosen for s in item.sequences])
         first = np.cumsum([0, *(len(item.sequences) for item in chosen)])
         device = rewards.device
-        a, b, preference, margin = [], [], [], []
+        a, b, preference, margin, trust = [], [], [], [], []
         rated, target, weight = [], [], []
         for item, row in zip(chosen, first[:-1].tolist(), strict=True):
             if item.pair is not None:
                 for judgement in item.pair.judgements:
                     a.append(row)
                     b.append(row + 1)
-                    preference.append(judgement.preference)
-                    tie = judgement.preference == 0.5
+                    label = item.pair.label
+                    preference.append(judgement.preference if label is None else label)
+                    trust.append(judgement.weight)
+                    # A margin belongs to what one judge said, not to a probability.
+                    tie = judgement.preference == 0.5 or label is not None
                     step = 0 if tie else judgement.strength - 1
                     margin.append(self._config.strength_margin * step)
             elif item.rated is not None:
@@ -91,6 +94,7 @@ class JudgementLoss:
                 rewards[b],
                 torch.tensor(preference, device=device),
                 margin=torch.tensor(margin, device=device),
+                weight=torch.tensor(trust, device=device),
             )
             right = (rewards[a] - rewards[b]).detach().cpu().numpy() * (np.array(preference) - 0.5)
             sums["agreement"] = float((right > 0).sum())

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +26,27 @@ PREFERENCE: Mapping[str, float] = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Teaching:
+    """What training makes of votes; measuring always takes them as they are.
+
+    Attributes:
+        weights: Judge -> weight of their judgements; 1 for those not named.
+        labels: Item -> probability that a is better, in the place of its votes.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
     """One judge's word on a pair."""
 
     annotator_id: str
     preference: float
     strength: int
+    weight: float = 1.0
+    """In training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +60,8 @@ class JudgedPair:
     a: str
     b: str
     judgements: tuple[Judgement, ...]
+    label: float | None = None
+    """In training: probability that a is better, in the place of each judgement's preference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,12 +86,15 @@ class Share:
     n: int
 
 
-def judged_pairs(comparisons: Sequence[Comparison]) -> list[JudgedPair]:
+def judged_pairs(
+    comparisons: Sequence[Comparison], teaching: Teaching | None = None
+) -> list[JudgedPair]:
     """One record a pair, in order of first appearance.
 
     Raises:
         ValueError: Two comparisons of one item id show different texts.
     """
+    teaching = teaching or Teaching()
     by_item: dict[str, dict[str, Comparison]] = {}
     for comparison in comparisons:
         judged = by_item.setdefault(comparison.pair.item_id, {})
@@ -89,7 +110,12 @@ def judged_pairs(comparisons: Sequence[Comparison]) -> list[JudgedPair]:
     for item_id, judged in by_item.items():
         pair = next(iter(judged.values())).pair
         judgements = tuple(
-            Judgement(annotator_id=who, preference=PREFERENCE[c.choice], strength=c.strength)
+            Judgement(
+                annotator_id=who,
+                preference=PREFERENCE[c.choice],
+                strength=c.strength,
+                weight=teaching.weights.get(who, 1.0),
+            )
             for who, c in judged.items()
         )
         pairs.append(
@@ -101,9 +127,38 @@ def judged_pairs(comparisons: Sequence[Comparison]) -> list[JudgedPair]:
                 a=pair.a.text,
                 b=pair.b.text,
                 judgements=judgements,
+                label=teaching.labels.get(item_id),
             )
         )
     return pairs
+
+
+def disagreements(
+    pairs: Sequence[JudgedPair], differences: FloatArray, *, most: int
+) -> list[dict[str, Any]]:
+    """Where a scorer prefers the other response than most judges, the surest first.
+
+    Args:
+        differences: ``[n]`` score of a minus score of b.
+    """
+    found = []
+    for pair, difference in zip(pairs, differences.tolist(), strict=True):
+        choice = majority(pair.judgements)
+        if choice is None or _hit(difference, choice) != 0.0:
+            continue
+        votes = [j.preference for j in pair.judgements]
+        share = sum(votes) / len(votes)
+        found.append(
+            {
+                "item_id": pair.item_id,
+                "prompt": pair.prompt,
+                "preferred": pair.a if choice == 1.0 else pair.b,
+                "other": pair.b if choice == 1.0 else pair.a,
+                "share": share if choice == 1.0 else 1 - share,
+                "margin": abs(difference),
+            }
+        )
+    return sorted(found, key=lambda entry: -entry["margin"])[:most]
 
 
 def rated_responses(ratings: Sequence[Rating]) -> list[RatedResponse]:

@@ -8,6 +8,7 @@ deviation 1 on reference samples; gain and bias are saved beside the weights.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,11 @@ from learner.config import RewardModelConfig
 from learner.judgement_loss import JudgedItem, JudgementLoss, RatingScale, score_sequences
 from learner.judgements import (
     FloatArray,
+    JudgedPair,
+    Judgement,
+    Teaching,
     accuracy_beside_judges,
+    disagreements,
     judge_agreement,
     judged_pairs,
     judgement_accuracy,
@@ -39,6 +44,9 @@ from reward_service.encoding import RewardHead, encode
 from reward_service.statistics import quantiles
 
 logger = logging.getLogger(__name__)
+
+DISAGREEMENTS = "disagreements.json"
+"""Held-out pairs on which the model and most judges differ, for the administrator's page."""
 
 ReferenceSample = tuple[str, Sequence[Message], str]
 """(prompt, messages, response) of a sample of the model that PPO will start from."""
@@ -102,6 +110,7 @@ def train_reward_model(
     *,
     reference_samples: Sequence[ReferenceSample],
     seed: int,
+    teaching: Teaching | None = None,
     on_step: OnStep | None = None,
     should_stop: Callable[[], bool] | None = None,
     resume: bool = False,
@@ -117,6 +126,7 @@ def train_reward_model(
         reference_samples: Samples of that model, for the normalisation. Without any, the
             responses that were judged are used.
         seed: Of the split, the order and the bootstrap.
+        teaching: Weights of judges, or labels in the place of votes; default: votes as they are.
         on_step: Told (step, total, metrics) after every step.
         should_stop: Asked after every step; ``Interrupted`` is raised when it says so.
         resume: Go on from the state that an interrupted call left in ``output_dir``.
@@ -134,7 +144,7 @@ def train_reward_model(
     model = hf_directory.load_scalar_model(model_dir, tokenizer)
     hf_directory.check_vocabulary(model, tokenizer, str(model_dir))
     encoder = _Encoder(tokenizer, hf_directory.context_length(model, tokenizer))
-    items, skipped = _items(config, comparisons, ratings, encoder)
+    items, skipped = _items(config, judged_pairs(comparisons, teaching), ratings, encoder)
     trained, choosing, held_out = _split(items, config, seed)
     scale = _rating_scale(trained)
     result = train(
@@ -154,7 +164,10 @@ def train_reward_model(
         samples = _reference_ids(config, reference_samples, items, encoder, seed)
         raw = score_sequences(model, samples, config.tokens_per_micro_batch)
         gain, bias = normalisation(raw)
-        figures = _held_out_figures(model, config, trained, held_out, seed)
+        figures, wrong = _held_out_figures(model, config, trained, held_out, seed)
+    (output_dir / DISAGREEMENTS).write_text(
+        json.dumps(wrong, indent=1, ensure_ascii=False), encoding="utf-8"
+    )
     report = RewardModelReport(
         **figures,
         train_pairs=sum(item.pair is not None for item in trained),
@@ -212,7 +225,7 @@ class _Encoder:
 
 def _items(
     config: RewardModelConfig,
-    comparisons: Sequence[Comparison],
+    judged: Sequence[JudgedPair],
     ratings: Sequence[Rating],
     encoder: _Encoder,
 ) -> tuple[list[JudgedItem], int]:
@@ -226,7 +239,7 @@ def _items(
             prompt_id=pair.prompt_id,
             pair=pair,
         )
-        for pair in judged_pairs(comparisons)
+        for pair in judged
     ]
     items += [
         JudgedItem(
@@ -287,13 +300,23 @@ def _rating_scale(trained: Sequence[JudgedItem]) -> RatingScale:
 
 def _identity(config: RewardModelConfig, seed: int, items: Sequence[JudgedItem]) -> str:
     votes = "".join(
-        "".join(f"{j.preference}/{j.strength} " for j in item.pair.judgements)
+        "".join(_vote(item.pair, j) for j in item.pair.judgements)
         if item.pair
         else f"{item.rated} "
         for item in items
     )
     rows = [sequence for item in items for sequence in item.sequences]
     return identity_of(config, seed, [*rows, np.frombuffer(votes.encode(), np.uint8)])
+
+
+def _vote(pair: JudgedPair, judgement: Judgement) -> str:
+    plain = f"{judgement.preference}/{judgement.strength} "
+    taught = (
+        ""
+        if judgement.weight == 1.0 and pair.label is None
+        else (f"{judgement.weight}/{pair.label} ")
+    )
+    return plain + taught
 
 
 def _reference_ids(
@@ -318,7 +341,8 @@ def _held_out_figures(
     trained: Sequence[JudgedItem],
     held_out: Sequence[JudgedItem],
     seed: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of the report, and the held-out pairs that the model is most wrong about."""
     rewards = score_sequences(
         model, [s for item in held_out for s in item.sequences], config.tokens_per_micro_batch
     )
@@ -338,7 +362,7 @@ def _held_out_figures(
     single = judgement_accuracy(pairs, lead, seed=seed)
     judges = judge_agreement(pairs, seed=seed)
     sign = _length_sign(trained)
-    return {
+    figures = {
         "held_out_accuracy": accuracy.value,
         "ci_low": accuracy.low,
         "ci_high": accuracy.high,
@@ -356,6 +380,7 @@ def _held_out_figures(
         "length_prefers": "longer" if sign > 0 else "shorter",
         "rating_correlation": _correlation(rated, rated_rewards),
     }
+    return figures, disagreements(pairs, lead, most=50)
 
 
 def _length_lead(item: JudgedItem) -> float:

@@ -6,6 +6,7 @@ People's judgements and simulated judges' go through the same records and the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 from actors.trajectory import Message
@@ -92,3 +93,58 @@ class Rating:
     def __post_init__(self) -> None:
         if not 1 <= self.value <= 5:
             raise ValueError(f"item {self.item_id}: a rating is 1 to 5, got {self.value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranking:
+    """One annotator's order of several responses to one prompt."""
+
+    item_id: str
+    prompt_id: str
+    prompt: str
+    candidates: tuple[Candidate, ...]
+    annotator: Annotator
+    ranking: tuple[int, ...]
+    """Numbers of the candidates, best first."""
+    messages: tuple[Message, ...] = ()
+    seconds: float = 0.0
+    created_at: str = ""
+
+    def __post_init__(self) -> None:
+        if sorted(self.ranking) != list(range(len(self.candidates))):
+            raise ValueError(
+                f"item {self.item_id}: a ranking names each of the {len(self.candidates)} "
+                f"candidates once, got {list(self.ranking)}"
+            )
+
+    def comparisons(self) -> list[Comparison]:
+        """The n (n - 1) / 2 comparisons that the order implies (Ouyang et al. 2022, section 3.5).
+
+        Strength grows with the distance in the order. Equal texts make no pair.
+        """
+        place = {number: rank for rank, number in enumerate(self.ranking)}
+        implied = []
+        for first, second in combinations(range(len(self.candidates)), 2):
+            a, b = self.candidates[first], self.candidates[second]
+            if a.text == b.text:
+                continue
+            pair = Pair(
+                item_id=f"{self.item_id}#{first}-{second}",
+                prompt_id=self.prompt_id,
+                prompt=self.prompt,
+                a=a,
+                b=b,
+                messages=self.messages,
+            )
+            distance = place[second] - place[first]
+            implied.append(
+                Comparison(
+                    pair=pair,
+                    annotator=self.annotator,
+                    choice="a" if distance > 0 else "b",
+                    strength=min(3, abs(distance)),
+                    seconds=self.seconds,
+                    created_at=self.created_at,
+                )
+            )
+        return implied

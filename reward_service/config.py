@@ -268,16 +268,85 @@ class JudgeConfig(StrictConfig):
         return self
 
 
+class PeopleConfig(StrictConfig):
+    """Judgement by people in a browser."""
+
+    task: Literal["comparison", "rating", "ranking"] = Field(
+        "comparison",
+        description="two samples to compare, one to rate, or `candidates` to put in order",
+    )
+    candidates: int = Field(4, ge=3, le=9, description="samples of a ranking; one key for each")
+    overlap: int = Field(2, ge=1, description="people who judge each item")
+    criteria: tuple[str, ...] = Field(
+        ("quality", "diversity"), min_length=1, description="rated 1 to 5, each by itself"
+    )
+    lease_minutes: float = Field(
+        20.0, gt=0, description="an item that is not answered by then goes to somebody else"
+    )
+    repeat_share: float = Field(
+        0.05, ge=0, le=0.5, description="share of items shown to the same person a second time"
+    )
+    repeat_gap: int = Field(
+        15, ge=1, description="items in between the two, so that people judge and not remember"
+    )
+    gold_share: float = Field(
+        0.05, ge=0, le=0.5, description="share of items with a known answer, where there are any"
+    )
+    flags_to_withhold: int = Field(
+        2, ge=1, description="people who flag an item before nobody sees it any more"
+    )
+    instructions: str | None = Field(
+        None, description="text file shown before the first item; default: a page of our own"
+    )
+    consent: str | None = Field(
+        None, description="text file that people agree to before they begin; default: our own"
+    )
+    retention_days: int = Field(
+        365, ge=1, description="judgements of people, and their accounts, are deleted after it"
+    )
+    invite_days: float = Field(30.0, gt=0, description="how long an invitation signs in")
+    session_hours: float = Field(12.0, gt=0, description="then people sign in again")
+    host: str = Field("127.0.0.1", description="loopback unless told otherwise")
+    port: int = Field(8700, ge=0, le=65535, description="0 picks a free port")
+    public_url: str | None = Field(
+        None, description="address that people open, where a proxy stands before the page"
+    )
+    enough: float = Field(
+        1.0, gt=0, le=1, description="share of the wanted answers that ends the wait for people"
+    )
+    wait_hours: float = Field(
+        168.0, gt=0, description="`rlhf collect` waits so long for people; then --resume"
+    )
+
+
 class CollectConfig(StrictConfig):
     """The collection of judgements on candidates written by the rollout actors."""
 
     pairs: int = Field(600, ge=1, description="pairs of candidates to have judged")
     temperature: float = Field(1.0, gt=0)
-    source: Literal["simulated", "demonstrations", "preferences"] = Field(
+    source: Literal["simulated", "people", "demonstrations", "preferences"] = Field(
         "simulated",
-        description="simulated: judges compare two samples; demonstrations: the real response is"
-        " preferred to a sample and to another prompt's response; preferences: the pairs of"
-        " data.preferences as they are",
+        description="simulated: judges compare two samples; people: the same in a browser, see"
+        " `rlhf collect --serve`; demonstrations: the real response is preferred to a sample and"
+        " to another prompt's response; preferences: the pairs of data.preferences as they are",
+    )
+    round: int = Field(0, ge=0, description="of `rlhf loop`, which sets it; part of item ids")
+    opponents: dict[str, str] = Field(
+        {},
+        description="name -> model directory: half of the pairs set a sample of the policy against"
+        " one of these, in turn; `rlhf loop` names the policies of earlier rounds",
+    )
+    store: str | None = Field(
+        None,
+        description="file or SQLAlchemy URL of the judgements; default: feedback.sqlite in run_dir",
+    )
+    least_sure_of: tuple[str, ...] = Field(
+        (),
+        description="reward-model directories: pairs about which they are least sure are judged"
+        " first (and, of `candidate_factor` times as many, kept)",
+    )
+    candidate_factor: float = Field(
+        3.0, ge=1, description="pairs to choose from for each that is judged, with least_sure_of"
     )
     quality: str | None = Field(
         None,
@@ -285,3 +354,4 @@ class CollectConfig(StrictConfig):
         " f(prompt=..., response=..., meta=...); default: the newswire's true quality",
     )
     judge: JudgeConfig = JudgeConfig()
+    people: PeopleConfig = PeopleConfig()

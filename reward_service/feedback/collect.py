@@ -37,6 +37,38 @@ def pairs_of_samples(
     return [pair for _, pair in rounds][:count]
 
 
+def pairs_between(
+    ours: Iterable[Trajectory], theirs: Iterable[Trajectory], *, models: tuple[str, str]
+) -> list[Pair]:
+    """One pair a prompt: a sample of each of two models. Which is a alternates.
+
+    Prompts that one of the two has no sample of, and equal texts, make no pair.
+    """
+    first = {t.prompt.prompt_id: t for t in ours}
+    second = {t.prompt.prompt_id: t for t in theirs}
+    pairs = []
+    for number, prompt_id in enumerate(sorted(first.keys() & second.keys())):
+        a, b = first[prompt_id], second[prompt_id]
+        if a.response_text == b.response_text:
+            continue
+        sides = [
+            Candidate(text=t.response_text, model=m) for t, m in zip((a, b), models, strict=True)
+        ]
+        if number % 2:
+            sides.reverse()
+        pairs.append(
+            Pair(
+                item_id=f"{models[0]}:{models[1]}:{prompt_id}",
+                prompt_id=prompt_id,
+                prompt=a.prompt.text,
+                a=sides[0],
+                b=sides[1],
+                messages=a.prompt.messages,
+            )
+        )
+    return pairs
+
+
 def _pair(a: Trajectory, b: Trajectory, model: str) -> Pair:
     return Pair(
         item_id=f"{model}:{a.prompt.prompt_id}#{a.sample_index}-{b.sample_index}",

@@ -1,98 +1,46 @@
 """The store of judgements: append-only, shared by people and simulated judges.
 
-SQLite with a write-ahead log by default, so that several processes may read and write at once on
-one machine; any other SQLAlchemy URL for a server. Nothing is ever changed or deleted: a new
-judgement of the same item by the same annotator supersedes the old one, which stays on record.
+Nothing is changed, and nothing is deleted but at a person's wish or when its time is over
+(``feedback.erasure``): a new judgement of the same item by the same annotator supersedes the old
+one, and one that is taken back is superseded by a row that says so. All of them stay on record.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from sqlalchemy import (
-    JSON,
-    Column,
-    Connection,
-    Float,
-    ForeignKey,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    inspect,
-    select,
-)
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError, IntegrityError, OperationalError
+from sqlalchemy import Connection, Table, select
 
-from reward_service.comparison import Annotator, Candidate, Comparison, Pair, Rating
+from reward_service.comparison import Annotator, Candidate, Comparison, Pair, Ranking, Rating
+from reward_service.feedback import schema
+from reward_service.feedback.database import Database
 
-SCHEMA_VERSION = 1
-_TRIES = 5
 _CHUNK = 500  # keys in one query; databases limit the number of parameters
 
-_metadata = MetaData()
-_schema = Table("feedback_schema", _metadata, Column("version", Integer, primary_key=True))
-_annotators = Table(
-    "annotators",
-    _metadata,
-    Column("annotator_id", String(128), primary_key=True),
-    Column("kind", String(16), nullable=False),
-)
-_pairs = Table(
-    "pairs",
-    _metadata,
-    Column("item_id", String(256), primary_key=True),
-    Column("prompt_id", String(256), nullable=False, index=True),
-    Column("prompt", Text, nullable=False),
-    Column("messages", JSON, nullable=False),
-    Column("a_text", Text, nullable=False),
-    Column("a_model", String(256), nullable=False),
-    Column("b_text", Text, nullable=False),
-    Column("b_model", String(256), nullable=False),
-)
-_comparisons = Table(
-    "comparisons",
-    _metadata,
-    Column("number", Integer, primary_key=True, autoincrement=True),
-    Column("key", String(64), nullable=False, unique=True),
-    Column("item_id", ForeignKey("pairs.item_id"), nullable=False, index=True),
-    Column("annotator_id", ForeignKey("annotators.annotator_id"), nullable=False, index=True),
-    Column("choice", String(16), nullable=False),
-    Column("strength", Integer, nullable=False),
-    Column("shown_first", String(1), nullable=False),
-    Column("seconds", Float, nullable=False),
-    Column("created_at", String(40), nullable=False),
-    Column("stored_at", String(40), nullable=False),
-)
-_ratings = Table(
-    "ratings",
-    _metadata,
-    Column("number", Integer, primary_key=True, autoincrement=True),
-    Column("key", String(64), nullable=False, unique=True),
-    Column("item_id", String(256), nullable=False, index=True),
-    Column("prompt_id", String(256), nullable=False),
-    Column("prompt", Text, nullable=False),
-    Column("response", Text, nullable=False),
-    Column("model", String(256), nullable=False),
-    Column("annotator_id", ForeignKey("annotators.annotator_id"), nullable=False, index=True),
-    Column("criterion", String(128), nullable=False),
-    Column("value", Integer, nullable=False),
-    Column("created_at", String(40), nullable=False),
-    Column("stored_at", String(40), nullable=False),
-)
-
 Row = dict[str, Any]
-Record = TypeVar("Record", Comparison, Rating)
+Record = TypeVar("Record", Comparison, Rating, Ranking)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry(Generic[Record]):
+    """A row of the history.
+
+    Attributes:
+        judgement: What was said.
+        withdrawn: This row takes back the annotator's earlier judgement of the item.
+        repeat: 1 when the item was shown to the annotator a second time on purpose.
+    """
+
+    judgement: Record
+    withdrawn: bool = False
+    repeat: int = 0
 
 
 class FeedbackStore:
@@ -104,40 +52,20 @@ class FeedbackStore:
         ...     comparisons = store.comparisons()
     """
 
-    def __init__(self, location: Path | str) -> None:
+    def __init__(self, location: Path | str | Database) -> None:
         """Open, and create where there is nothing yet.
 
         Args:
-            location: A file for SQLite, or any SQLAlchemy URL (``postgresql+psycopg://...``).
+            location: A file for SQLite, any SQLAlchemy URL (``postgresql+psycopg://...``), or a
+                database that is open already.
 
         Raises:
             ValueError: Not a database, or one with another schema.
         """
-        text = str(location)
-        if "://" in text:
-            url = make_url(text)
-        else:
-            Path(text).parent.mkdir(parents=True, exist_ok=True)
-            url = make_url("sqlite://").set(database=text)
-        self._shown = url.render_as_string(hide_password=True)
-        try:
-            self._engine = create_engine(url)
-        except (ArgumentError, ModuleNotFoundError) as error:
-            raise ValueError(
-                f"{self._shown} cannot be used as a database: {error}: check the URL, and that "
-                "its driver is installed"
-            ) from None
-        if url.get_backend_name() == "sqlite":
-            event.listen(self._engine, "connect", _configure_sqlite)
-            event.listen(self._engine, "begin", _begin_sqlite)
-        try:
-            self._create_or_check()
-        except BaseException:
-            self.close()
-            raise
+        self.database = location if isinstance(location, Database) else Database(location)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.database.close()
 
     def __enter__(self) -> FeedbackStore:
         return self
@@ -153,131 +81,154 @@ class FeedbackStore:
     def add_annotators(self, annotators: Iterable[Annotator]) -> int:
         """Add those that are new; how many. Raises ValueError for another kind of the same id."""
         rows = {a.annotator_id: _annotator_row(a) for a in annotators}
-        return self._write(lambda c: self._insert_new(c, _annotators, "annotator_id", rows))
+        return self._insert(lambda c: self._insert_new(c, schema.annotators, rows))
 
     def add_pairs(self, pairs: Iterable[Pair]) -> int:
         """Add those that are new; how many. Raises ValueError for other content of the same id."""
+        return self._insert(lambda connection: self.write_pairs(connection, pairs))
+
+    def write_pairs(self, connection: Connection, pairs: Iterable[Pair]) -> int:
+        """``add_pairs`` inside a transaction of the caller's."""
         rows = {p.item_id: _pair_row(p) for p in pairs}
-        return self._write(lambda c: self._insert_new(c, _pairs, "item_id", rows))
+        return self._insert_new(connection, schema.pairs, rows)
 
     def add_comparisons(self, comparisons: Sequence[Comparison]) -> int:
         """Add judgements with their pairs and annotators, all or none; how many were new.
 
         A judgement that is there already, equal in every field, is not added twice.
         """
-        pairs = {c.pair.item_id: _pair_row(c.pair) for c in comparisons}
-        annotators = {c.annotator.annotator_id: _annotator_row(c.annotator) for c in comparisons}
-        rows = _keyed(_comparison_row(c) for c in comparisons)
-
-        def write(connection: Connection) -> int:
-            self._insert_new(connection, _annotators, "annotator_id", annotators)
-            self._insert_new(connection, _pairs, "item_id", pairs)
-            return self._insert_new(connection, _comparisons, "key", rows)
-
-        return self._write(write)
+        return self.add_history([Entry(judgement=c) for c in comparisons])
 
     def add_ratings(self, ratings: Sequence[Rating]) -> int:
         """Add ratings with their annotators, all or none; how many were new."""
-        annotators = {r.annotator.annotator_id: _annotator_row(r.annotator) for r in ratings}
-        rows = _keyed(_rating_row(r) for r in ratings)
+        return self.add_history([Entry(judgement=r) for r in ratings])
 
-        def write(connection: Connection) -> int:
-            self._insert_new(connection, _annotators, "annotator_id", annotators)
-            return self._insert_new(connection, _ratings, "key", rows)
+    def add_history(self, entries: Sequence[Entry[Any]]) -> int:
+        """Add comparisons and ratings as a history has them, all or none; how many were new."""
+        return self._insert(lambda connection: self.write_history(connection, entries))
 
-        return self._write(write)
+    def write_history(self, connection: Connection, entries: Sequence[Entry[Any]]) -> int:
+        """``add_history`` inside a transaction of the caller's."""
+        said = [entry.judgement for entry in entries]
+        annotators = {j.annotator.annotator_id: _annotator_row(j.annotator) for j in said}
+        pairs = {j.pair.item_id: _pair_row(j.pair) for j in said if isinstance(j, Comparison)}
+        self._insert_new(connection, schema.annotators, annotators)
+        self._insert_new(connection, schema.pairs, pairs)
+        added = 0
+        for record, table, row_of in _KINDS:
+            rows = _keyed(
+                {**row_of(e.judgement), "withdrawn": e.withdrawn, "repeat": e.repeat}
+                for e in entries
+                if isinstance(e.judgement, record)
+            )
+            added += self._insert_new(connection, table, rows, key="key")
+        return added
 
     def annotators(self) -> list[Annotator]:
-        return [_annotator(row) for row in self._read(_annotators, "annotator_id")]
+        return [_annotator(row) for row in self._rows(schema.annotators, "annotator_id")]
 
     def pairs(self) -> list[Pair]:
-        return [_pair(row) for row in self._read(_pairs, "item_id")]
+        return [_pair(row) for row in self._rows(schema.pairs, "item_id")]
 
     def comparisons(self, *, history: bool = False) -> list[Comparison]:
         """Judgements in the order in which they were added.
 
-        The last of an annotator on an item counts; with ``history`` the superseded ones too.
+        The last of an annotator on an item counts, unless it was taken back; second looks and
+        gold items, which measure the annotator, are left out. With ``history`` all that was said.
         """
-        annotators = {a.annotator_id: a for a in self.annotators()}
-        pairs = {p.item_id: p for p in self.pairs()}
-        found = [
-            Comparison(
-                pair=pairs[row["item_id"]],
-                annotator=annotators[row["annotator_id"]],
-                choice=row["choice"],
-                strength=row["strength"],
-                shown_first=row["shown_first"],
-                seconds=row["seconds"],
-                created_at=row["created_at"],
-            )
-            for row in self._read(_comparisons, "number")
-        ]
-        if history:
-            return found
-        return _last(found, lambda c: (c.pair.item_id, c.annotator.annotator_id))
+        return _chosen(self.comparison_history(), history, self.gold_items())
 
     def ratings(self, *, history: bool = False) -> list[Rating]:
         """Ratings, as ``comparisons``; the last on an item and a criterion counts."""
+        return _chosen(self.rating_history(), history, self.gold_items())
+
+    def rankings(self) -> list[Ranking]:
+        """Rankings that hold, as ``comparisons``."""
+        return _chosen(self.ranking_history(), False, self.gold_items())
+
+    def preferences(self) -> list[Comparison]:
+        """All that teaches a reward model: the comparisons, and those that rankings imply."""
+        return self.comparisons() + [c for r in self.rankings() for c in r.comparisons()]
+
+    def comparison_history(self) -> list[Entry[Comparison]]:
+        """Every row on comparisons, in order: the audit log."""
         annotators = {a.annotator_id: a for a in self.annotators()}
-        found = [
-            Rating(
-                item_id=row["item_id"],
-                prompt_id=row["prompt_id"],
-                prompt=row["prompt"],
-                response=Candidate(text=row["response"], model=row["model"]),
-                annotator=annotators[row["annotator_id"]],
-                criterion=row["criterion"],
-                value=row["value"],
-                created_at=row["created_at"],
+        pairs = {p.item_id: p for p in self.pairs()}
+        return [
+            _entry(
+                row,
+                Comparison(
+                    pair=pairs[row["item_id"]],
+                    annotator=annotators[row["annotator_id"]],
+                    choice=row["choice"],
+                    strength=row["strength"],
+                    shown_first=row["shown_first"],
+                    seconds=row["seconds"],
+                    created_at=row["created_at"],
+                ),
             )
-            for row in self._read(_ratings, "number")
+            for row in self._rows(schema.comparisons, "number")
         ]
-        if history:
-            return found
-        return _last(found, lambda r: (r.item_id, r.annotator.annotator_id, r.criterion))
 
-    def _create_or_check(self) -> None:
-        def write(connection: Connection) -> int:
-            existing = set(inspect(connection).get_table_names())
-            if existing and _schema.name not in existing:
-                raise ValueError(
-                    f"{self._shown} holds other tables ({sorted(existing)[0]}, ...) and is no "
-                    "store of judgements: give another file or database"
-                )
-            if not existing:
-                _metadata.create_all(connection)
-                connection.execute(_schema.insert().values(version=SCHEMA_VERSION))
-            version = connection.execute(select(_schema.c.version)).scalar_one()
-            if version != SCHEMA_VERSION:
-                raise ValueError(
-                    f"{self._shown} has schema version {version}, this program reads "
-                    f"{SCHEMA_VERSION}: use the version of ray-rlhf that wrote it"
-                )
-            return 0
+    def rating_history(self) -> list[Entry[Rating]]:
+        """Every row on ratings, in order."""
+        annotators = {a.annotator_id: a for a in self.annotators()}
+        return [
+            _entry(
+                row,
+                Rating(
+                    item_id=row["item_id"],
+                    prompt_id=row["prompt_id"],
+                    prompt=row["prompt"],
+                    response=Candidate(text=row["response"], model=row["model"]),
+                    annotator=annotators[row["annotator_id"]],
+                    criterion=row["criterion"],
+                    value=row["value"],
+                    created_at=row["created_at"],
+                ),
+            )
+            for row in self._rows(schema.ratings, "number")
+        ]
 
-        try:
-            self._write(write)
-        except DatabaseError as error:
-            raise ValueError(
-                f"{self._shown} cannot be opened as a database: {error.orig}"
-            ) from None
+    def ranking_history(self) -> list[Entry[Ranking]]:
+        """Every row on rankings, in order."""
+        annotators = {a.annotator_id: a for a in self.annotators()}
+        contents = {
+            row["task_id"]: row["content"]
+            for row in self._rows(schema.tasks, "task_id")
+            if row["kind"] == "ranking"
+        }
+        return [
+            _entry(
+                row,
+                Ranking(
+                    item_id=row["item_id"],
+                    prompt_id=(content := contents[row["item_id"]])["prompt_id"],
+                    prompt=content["prompt"],
+                    messages=tuple(content["messages"]),
+                    candidates=tuple(Candidate(**c) for c in content["candidates"]),
+                    annotator=annotators[row["annotator_id"]],
+                    ranking=tuple(row["ranking"]),
+                    seconds=row["seconds"],
+                    created_at=row["created_at"],
+                ),
+            )
+            for row in self._rows(schema.rankings, "number")
+        ]
 
-    def _write(self, work: Callable[[Connection], int]) -> int:
-        """Run ``work`` in one transaction; again when another writer got in between."""
-        for tries in range(_TRIES):
-            try:
-                with self._engine.connect() as connection:
-                    with connection.execution_options(rlhf_writes=True).begin():
-                        return work(connection)
-            except (IntegrityError, OperationalError):
-                if tries == _TRIES - 1:
-                    raise
-        raise AssertionError("unreachable")
+    def gold_items(self) -> set[str]:
+        """Items whose answer is known beforehand."""
+        query = select(schema.tasks.c.task_id).where(schema.tasks.c.gold.is_not(None))
+        return self.database.read(lambda c: set(c.execute(query).scalars()))
+
+    def _insert(self, work: Callable[[Connection], int]) -> int:
+        return self.database.write(work)
 
     def _insert_new(
-        self, connection: Connection, table: Table, key: str, rows: dict[str, Row]
+        self, connection: Connection, table: Table, rows: Mapping[str, Row], key: str = ""
     ) -> int:
         """Insert rows whose key is not there; a row that is there must be equal."""
+        key = key or next(iter(table.primary_key.columns)).name
         columns = [c for c in table.columns if c.name not in ("number", "stored_at")]
         existing: dict[str, Row] = {}
         keys = list(rows)
@@ -288,56 +239,65 @@ class FeedbackStore:
             for column, value in row.items():
                 if rows[name][column] != value:
                     raise ValueError(
-                        f"{table.name}: {name!r} is in {self._shown} already with another "
+                        f"{table.name}: {name!r} is in {self.database.shown} already with another "
                         f"{column}: what was judged must not change, use a new id"
                     )
         new = [row for name, row in rows.items() if name not in existing]
         if "stored_at" in table.columns:
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            new = [row | {"stored_at": now} for row in new]
+            new = [row | {"stored_at": now()} for row in new]
         if new:
             connection.execute(table.insert(), new)
         return len(new)
 
-    def _read(self, table: Table, order: str) -> Iterator[Row]:
-        with self._engine.connect() as connection:
-            query = select(table).order_by(table.c[order])
-            for row in connection.execute(query).mappings():
-                yield dict(row)
+    def _rows(self, table: Table, order: str) -> list[Row]:
+        query = select(table).order_by(table.c[order])
+        return self.database.read(lambda c: [dict(r) for r in c.execute(query).mappings()])
 
 
-def _configure_sqlite(connection: Any, _: Any) -> None:
-    # Transactions are begun by hand: the driver's own begin too late to wait for a lock.
-    connection.isolation_level = None
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=NORMAL",
-        "busy_timeout=30000",
-        "foreign_keys=ON",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # A writer takes the lock at once. Upgrading a reader that saw an older state would fail
-    # immediately, whatever the timeout.
-    writes = connection.get_execution_options().get("rlhf_writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+def now() -> str:
+    """The time, ISO 8601, UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _keyed(rows: Iterable[Row]) -> dict[str, Row]:
     """Rows by a hash of their content, which makes adding them again harmless."""
     keyed: dict[str, Row] = {}
     for row in rows:
-        text = json.dumps(row, sort_keys=True, ensure_ascii=True)
-        key = hashlib.sha256(text.encode()).hexdigest()
+        # Stores of version 0.1.0 hashed rows without these two.
+        hashed = {k: v for k, v in row.items() if v or k not in ("withdrawn", "repeat")}
+        content = json.dumps(hashed, sort_keys=True, ensure_ascii=True)
+        key = hashlib.sha256(content.encode()).hexdigest()
         keyed[key] = row | {"key": key}
     return keyed
 
 
-def _last(records: Sequence[Record], key: Callable[[Record], tuple[str, ...]]) -> list[Record]:
-    latest = {key(record): number for number, record in enumerate(records)}
-    return [records[number] for number in sorted(latest.values())]
+def _entry(row: Row, judgement: Record) -> Entry[Record]:
+    return Entry(judgement=judgement, withdrawn=row["withdrawn"], repeat=row["repeat"])
+
+
+def _chosen(entries: Sequence[Entry[Record]], history: bool, gold: set[str]) -> list[Record]:
+    """What holds: the last row of an annotator on an item (and criterion), if not withdrawn."""
+    if history:
+        return [entry.judgement for entry in entries if not entry.withdrawn]
+    latest: dict[tuple[str, ...], int] = {}
+    for number, entry in enumerate(entries):
+        if not entry.repeat:
+            latest[identity(entry.judgement)] = number
+    return [
+        entries[number].judgement
+        for number in sorted(latest.values())
+        if not entries[number].withdrawn and item_of(entries[number].judgement) not in gold
+    ]
+
+
+def identity(judgement: Comparison | Rating | Ranking) -> tuple[str, ...]:
+    """(item, annotator, criterion): two judgements with the same are one's change of mind."""
+    criterion = judgement.criterion if isinstance(judgement, Rating) else ""
+    return (item_of(judgement), judgement.annotator.annotator_id, criterion)
+
+
+def item_of(judgement: Comparison | Rating | Ranking) -> str:
+    return judgement.pair.item_id if isinstance(judgement, Comparison) else judgement.item_id
 
 
 def _annotator_row(annotator: Annotator) -> Row:
@@ -396,3 +356,20 @@ def _rating_row(rating: Rating) -> Row:
         "value": rating.value,
         "created_at": rating.created_at,
     }
+
+
+def _ranking_row(ranking: Ranking) -> Row:
+    return {
+        "item_id": ranking.item_id,
+        "annotator_id": ranking.annotator.annotator_id,
+        "ranking": list(ranking.ranking),
+        "seconds": ranking.seconds,
+        "created_at": ranking.created_at,
+    }
+
+
+_KINDS: tuple[tuple[type, Table, Callable[[Any], Row]], ...] = (
+    (Comparison, schema.comparisons, _comparison_row),
+    (Rating, schema.ratings, _rating_row),
+    (Ranking, schema.rankings, _ranking_row),
+)

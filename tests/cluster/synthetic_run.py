@@ -26,7 +26,7 @@ from cluster.presets import quickstart_config
 from learner.reward_model import RewardModelReport
 from learner.supervised import TrainingResult
 from reward_service.comparison import Annotator, Candidate, Comparison, Pair
-from reward_service.feedback.agreement import agreement_report
+from reward_service.feedback.agreement_report import agreement_report
 from reward_service.score import Score
 
 PPO_STEPS = 40

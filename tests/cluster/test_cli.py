@@ -14,7 +14,7 @@ from cluster.cli import main
 
 COMMANDS = [
     "quickstart", "run", "pretrain", "sft", "collect", "reward", "ppo", "evaluate",
-    "generate", "serve", "report", "doctor", "bench",
+    "loop", "generate", "serve", "report", "doctor", "bench", "feedback",
 ]  # fmt: skip
 
 

@@ -19,8 +19,10 @@ from learner.judgement_loss import JudgedItem, JudgementLoss, RatingScale, score
 from learner.judgements import (
     JudgedPair,
     Judgement,
+    Teaching,
     accuracy_beside_judges,
     bootstrap,
+    disagreements,
     judge_agreement,
     judged_pairs,
     judgement_accuracy,
@@ -193,6 +195,43 @@ def test_each_judgement_counts_once(tiny_llama: Path) -> None:
     )  # fmt: skip
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert sums["agreement"] == (2 if d > 0 else 1)
+
+
+def test_labels_and_weights_teach_and_votes_measure(tiny_llama: Path) -> None:
+    tokenizer = hf_directory.load_tokenizer(tiny_llama)
+    model = hf_directory.load_scalar_model(tiny_llama, tokenizer)
+    torch.nn.init.normal_(model.score.weight, std=0.3)
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(3, 500, n).astype(np.int32) for n in (9, 12))
+    said = [comparison(1, "a", "j0"), comparison(1, "b", "j1")]
+    ra, rb = score_sequences(model, [a, b], 1000)
+    d = ra - rb
+
+    def softplus(x: float) -> float:
+        return math.log1p(math.exp(x))
+
+    for teaching, expected in (
+        (Teaching(), softplus(-d) + softplus(d)),
+        (Teaching(weights={"j0": 1.5, "j1": 0.25}), 1.5 * softplus(-d) + 0.25 * softplus(d)),
+        # both judgements say what the judges together mean
+        (Teaching(labels={"i1": 0.9}), 2 * (0.9 * softplus(-d) + 0.1 * softplus(d))),
+    ):
+        (pair,) = judged_pairs(said, teaching)
+        item = JudgedItem(sequences=(a, b), prompt_id="1", pair=pair)
+        config = RewardModelConfig(strength_margin=0.0)
+        loss, _ = JudgementLoss([item], config, RatingScale()).loss(model, np.array([0]))
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        assert majority_accuracy([pair], np.array([1.0])).n == 0, "measured on the votes: split"
+
+
+def test_disagreements_are_the_surest_mistakes() -> None:
+    pairs = [judged("1", "aab"), judged("2", "bbt"), judged("3", "ab"), judged("4", "b")]
+    found = disagreements(pairs, np.array([-1.0, 0.5, 9.0, 3.0]), most=2)
+    assert [(f["item_id"], f["margin"], f["preferred"]) for f in found] == [
+        ("4", 3.0, "y"), ("1", 1.0, "x"),
+    ]  # fmt: skip
+    assert found[1]["share"] == pytest.approx(2 / 3)
+    assert len(disagreements(pairs, np.array([-1.0, 0.5, 9.0, 3.0]), most=9)) == 3
 
 
 def test_scores_are_read_at_the_last_token(tiny_llama: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from actors.fingerprint import template_fingerprint
 from actors.trajectory import Message, Prompt, Trajectory
 from reward_service.encoding import RewardHead
+from tests.postgres import binaries, postgres_server
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -80,3 +82,31 @@ def trajectory() -> TrajectoryMaker:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """One PostgreSQL server for the whole session."""
+    if binaries() is None:
+        pytest.skip("no PostgreSQL here: install postgresql")
+    with postgres_server() as url:
+        yield url
+
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store_location(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh store, in a file and on a server."""
+    if request.param == "sqlite":
+        return str(tmp_path / "feedback.sqlite")
+    from sqlalchemy import create_engine, text
+
+    url = request.getfixturevalue("postgres_url")
+    name = f"store{next(_numbers)}"
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return f"{url.rsplit('/', 1)[0]}/{name}"

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from reward_service.comparison import Annotator, Candidate, Choice, Comparison, Pair
+from reward_service.comparison import Annotator, Candidate, Choice, Comparison, Pair, Rating
 from reward_service.feedback.agreement import (
     Counts,
-    agreement_report,
     bootstrap_interval,
+    cohen_kappa,
+    counts_of_codes,
+    fleiss_kappa,
     gwet_ac1,
     krippendorff_alpha,
+    mean_cohen_kappa,
     percent_agreement,
     wilson_interval,
 )
+from reward_service.feedback.agreement_report import agreement_report, rating_report
 
 
 def counts_of(rows: list[list[object]]) -> Counts:
@@ -44,18 +49,78 @@ def reference_cases(shared_data: Path) -> list[dict]:
 
 
 def test_textbook_cases(shared_data: Path) -> None:
-    checked = 0
+    """Each published value by the coefficient that it is of; none is left out."""
     for case in reference_cases(shared_data):
-        metric, _, level = case["metric"].partition("/")
+        metric, _, detail = case["metric"].partition("/")
+        data = case["data"]
         if metric == "krippendorff_alpha":
-            value = krippendorff_alpha(counts_of(case["data"]), level)
+            values = sorted({v for row in data for v in row if v is not None}, key=str)
+            value = krippendorff_alpha(
+                counts_of(data), detail, values if detail == "interval" else None
+            )
         elif metric == "percent_agreement":
-            value = percent_agreement(counts_of(case["data"]))
+            value = percent_agreement(counts_of(data))
+        elif metric == "fleiss_kappa" or metric == "scott_pi":
+            value = fleiss_kappa(counts_of(data))
         else:
-            continue  # kappas and pi are not reported
+            first, second = raters_of_table(data)
+            value = cohen_kappa(first, second, linear_weights="linear" in detail)
         assert value == pytest.approx(case["expected"], abs=case["tol"]), case["id"]
-        checked += 1
-    assert checked >= 5
+
+
+def raters_of_table(table: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Two raters' labels with these counts."""
+    cells = [
+        (i, j) for i, row in enumerate(table) for j, count in enumerate(row) for _ in range(count)
+    ]
+    first, second = zip(*cells, strict=True)
+    return np.array(first), np.array(second)
+
+
+def test_cohen_by_hand_with_missing_labels() -> None:
+    # shared items: (0,0) (0,0) (1,1) (0,1): agreement 3/4, chance 3/4 * 1/2 + 1/4 * 1/2 = 1/2
+    first = np.array([0, 0, 1, 0, -1, 1])
+    second = np.array([0, 0, 1, 1, 0, -1])
+    assert cohen_kappa(first, second) == pytest.approx(0.5)
+    third = np.array([0, 0, 1, 1, -1, -1])  # with first as second has it, with second all the same
+    codes = np.stack([first, second, third], axis=1)
+    assert mean_cohen_kappa(codes) == pytest.approx((0.5 + 0.5 + 1.0) / 3)
+    assert counts_of_codes(codes, 2).tolist() == [[3, 0], [3, 0], [0, 3], [1, 2], [1, 0], [0, 1]]
+    assert cohen_kappa(np.array([0, 0]), np.array([0, 0])) is None
+    assert cohen_kappa(np.array([-1]), np.array([0])) is None
+
+
+def test_graded_alpha_hears_the_strength() -> None:
+    """Two judges of opposite sides: 'slightly' each is nearer than 'by far' each."""
+
+    def judged(strength: int) -> float:
+        votes = []
+        for n in range(20):
+            own = "a" if n % 2 else "b"
+            votes += [vote(str(n), "x", own), vote(str(n), "y", own)]
+        votes += [vote("z", "x", "a"), vote("z", "y", "b")]
+        votes = [replace(v, strength=strength if v.pair.item_id == "z" else 3) for v in votes]
+        return float(agreement_report(votes)["graded_alpha"]["value"])
+
+    assert judged(1) > judged(3)
+
+
+def test_ratings_agree_by_rank_and_by_value() -> None:
+    data = [(1, 1), (2, 2), (5, 4), (3, 3), (4, 5)]
+    ratings = [
+        Rating(
+            item_id=str(n), prompt_id="p", prompt="?", response=Candidate(text=str(n)),
+            annotator=Annotator(annotator_id=f"j{j}", kind="human"), criterion="quality", value=v,
+        )
+        for n, pair in enumerate(data)
+        for j, v in enumerate(pair)
+    ]  # fmt: skip
+    report = rating_report(ratings)["quality"]
+    assert report["percent"]["value"] == pytest.approx(0.6)
+    assert report["mean"] == pytest.approx(3.0)
+    # interval: observed 2 * (1 + 1) / 10 = 0.4; expected: mean squared difference of two of
+    # {1, 1, 2, 2, 3, 3, 4, 4, 5, 5} drawn without replacement = 2 * 20 / 9
+    assert report["interval_alpha"]["value"] == pytest.approx(1 - 0.4 / (40 / 9))
 
 
 def test_gwet_ac1_of_the_irrcac_manual() -> None:

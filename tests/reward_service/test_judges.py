@@ -7,7 +7,7 @@ import pytest
 
 from reward_service.comparison import Candidate, Pair
 from reward_service.config import JudgeConfig
-from reward_service.feedback.agreement import agreement_report
+from reward_service.feedback.agreement_report import agreement_report
 from reward_service.feedback.judges import SimulatedJudge, assign, make_judges
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from actors.trajectory import Message
-from reward_service.comparison import Annotator, Candidate, Comparison, Pair, Rating
+from reward_service.comparison import Annotator, Candidate, Comparison, Pair, Ranking, Rating
 from reward_service.config import JudgeConfig
+from reward_service.feedback import schema
 from reward_service.feedback.collect import (
     collect_judgements,
     given_preference,
     pairs_of_samples,
 )
-from reward_service.feedback.store import FeedbackStore
+from reward_service.feedback.store import Entry, FeedbackStore
 
 ANNOTATOR = Annotator(annotator_id="otter", kind="human")
 PAIR = Pair(
@@ -49,14 +52,13 @@ RATING = Rating(
 )
 
 
-def test_everything_comes_back_equal(tmp_path: Path) -> None:
-    path = tmp_path / "feedback.sqlite"
-    with FeedbackStore(path) as store:
+def test_everything_comes_back_equal(store_location: str) -> None:
+    with FeedbackStore(store_location) as store:
         assert store.add_comparisons([COMPARISON]) == 1
         assert store.add_ratings([RATING]) == 1
         assert store.add_annotators([Annotator(annotator_id="judge-1", kind="simulated")]) == 1
         assert store.add_pairs([replace(PAIR, item_id="i2")]) == 1
-    with FeedbackStore(str(path)) as store:
+    with FeedbackStore(store_location) as store:
         assert store.comparisons() == [COMPARISON]
         assert store.ratings() == [RATING]
         assert [a.annotator_id for a in store.annotators()] == ["judge-1", "otter"]
@@ -64,8 +66,8 @@ def test_everything_comes_back_equal(tmp_path: Path) -> None:
         assert store.pairs()[0] == PAIR
 
 
-def test_adding_again_is_harmless_and_a_new_judgement_supersedes(tmp_path: Path) -> None:
-    with FeedbackStore(tmp_path / "f.sqlite") as store:
+def test_adding_again_is_harmless_and_a_new_judgement_supersedes(store_location: str) -> None:
+    with FeedbackStore(store_location) as store:
         assert store.add_comparisons([COMPARISON, COMPARISON]) == 1
         assert store.add_comparisons([COMPARISON]) == 0
         changed = replace(COMPARISON, choice="a", created_at="2026-01-01T11:00:00+00:00")
@@ -77,8 +79,8 @@ def test_adding_again_is_harmless_and_a_new_judgement_supersedes(tmp_path: Path)
         assert [(r.criterion, r.value) for r in store.ratings()] == [("true", 1), ("helpful", 2)]
 
 
-def test_what_was_judged_cannot_change(tmp_path: Path) -> None:
-    with FeedbackStore(tmp_path / "f.sqlite") as store:
+def test_what_was_judged_cannot_change(store_location: str) -> None:
+    with FeedbackStore(store_location) as store:
         store.add_comparisons([COMPARISON])
         other = replace(COMPARISON, pair=replace(PAIR, prompt="another"))
         fresh = replace(COMPARISON, pair=replace(PAIR, item_id="fresh"))
@@ -93,12 +95,11 @@ def test_what_was_judged_cannot_change(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from dataclasses import replace
-from pathlib import Path
 from reward_service.comparison import Annotator
 from reward_service.feedback.store import FeedbackStore
 from tests.reward_service.test_store import COMPARISON
 name = sys.argv[2]
-with FeedbackStore(Path(sys.argv[1])) as store:
+with FeedbackStore(sys.argv[1]) as store:
     for n in range(60):
         pair = replace(COMPARISON.pair, item_id=f"item-{n % 40}")
         annotator = Annotator(annotator_id=name, kind="human")
@@ -106,11 +107,11 @@ with FeedbackStore(Path(sys.argv[1])) as store:
 """
 
 
-def test_processes_write_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
-    path = tmp_path / "f.sqlite"
+def test_processes_write_at_once_and_nothing_is_lost(store_location: str) -> None:
+    path = store_location
     root = Path(__file__).resolve().parents[2]
     writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], cwd=root)
+        subprocess.Popen([sys.executable, "-c", WRITER, path, name], cwd=root)
         for name in ("otter", "heron", "lynx")
     ]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0, 0]
@@ -118,8 +119,9 @@ def test_processes_write_at_once_and_nothing_is_lost(tmp_path: Path) -> None:
         assert len(store.comparisons(history=True)) == 180
         assert len(store.comparisons()) == 120
         assert len(store.pairs()) == 40
-    with sqlite3.connect(path) as raw:
-        assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    if "://" not in path:
+        with sqlite3.connect(path) as raw:
+            assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_files_that_are_no_store_are_refused(tmp_path: Path) -> None:
@@ -135,8 +137,8 @@ def test_files_that_are_no_store_are_refused(tmp_path: Path) -> None:
     later = tmp_path / "later.sqlite"
     FeedbackStore(later).close()
     with sqlite3.connect(later) as raw:
-        raw.execute("UPDATE feedback_schema SET version = 99")
-    with pytest.raises(ValueError, match="schema version 99"):
+        raw.execute("UPDATE alembic_version SET version_num = 'r0099'")
+    with pytest.raises(ValueError, match=r"revision 'r0099'.*knows r0001, r0002"):
         FeedbackStore(later)
 
 
@@ -200,3 +202,104 @@ def test_given_preferences_do_not_always_prefer_a() -> None:
         winner = comparison.pair.a if comparison.choice == "a" else comparison.pair.b
         assert winner.text == "good"
     assert {c.choice for c in made} == {"a", "b"}
+
+
+def test_what_is_taken_back_no_longer_counts_but_stays_on_record(store_location: str) -> None:
+    with FeedbackStore(store_location) as store:
+        store.add_history([Entry(judgement=COMPARISON), Entry(judgement=RATING)])
+        store.add_history([Entry(judgement=COMPARISON, withdrawn=True)])
+        assert store.comparisons() == []
+        assert [e.withdrawn for e in store.comparison_history()] == [False, True]
+        again = replace(COMPARISON, choice="tie", created_at="2026-01-02T10:00:00+00:00")
+        second_look = replace(COMPARISON, choice="a", created_at="2026-01-03T10:00:00+00:00")
+        store.add_history([Entry(judgement=again), Entry(judgement=second_look, repeat=1)])
+        assert store.comparisons() == [again]  # the second look measures the person
+        assert [e.repeat for e in store.comparison_history()] == [0, 0, 0, 1]
+        assert store.ratings() == [RATING]
+
+
+def test_a_ranking_implies_comparisons() -> None:
+    ranking = Ranking(
+        item_id="t",
+        prompt_id="p",
+        prompt="?",
+        candidates=tuple(Candidate(text=t) for t in ("x", "y", "z", "x")),
+        annotator=ANNOTATOR,
+        ranking=(2, 0, 1, 3),
+    )
+    said = {
+        c.pair.item_id: (c.pair.a.text if c.choice == "a" else c.pair.b.text, c.strength)
+        for c in ranking.comparisons()
+    }
+    # best first: z, x, y, x; the two equal texts (0 and 3) make no pair
+    assert said == {
+        "t#0-1": ("x", 1), "t#0-2": ("z", 1), "t#1-2": ("z", 2), "t#1-3": ("y", 1),
+        "t#2-3": ("z", 3),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="each of the 4 candidates once"):
+        replace(ranking, ranking=(0, 1, 2, 2))
+
+
+# The tables as version 0.1.0 made them, with one judgement.
+OLD = """
+CREATE TABLE feedback_schema (version INTEGER NOT NULL PRIMARY KEY);
+CREATE TABLE annotators (annotator_id VARCHAR(128) NOT NULL PRIMARY KEY,
+  kind VARCHAR(16) NOT NULL);
+CREATE TABLE pairs (item_id VARCHAR(256) NOT NULL PRIMARY KEY, prompt_id VARCHAR(256) NOT NULL,
+  prompt TEXT NOT NULL, messages JSON NOT NULL, a_text TEXT NOT NULL,
+  a_model VARCHAR(256) NOT NULL, b_text TEXT NOT NULL, b_model VARCHAR(256) NOT NULL);
+CREATE TABLE comparisons (number INTEGER NOT NULL PRIMARY KEY, "key" VARCHAR(64) NOT NULL UNIQUE,
+  item_id VARCHAR(256) NOT NULL REFERENCES pairs (item_id),
+  annotator_id VARCHAR(128) NOT NULL REFERENCES annotators (annotator_id),
+  choice VARCHAR(16) NOT NULL, strength INTEGER NOT NULL, shown_first VARCHAR(1) NOT NULL,
+  seconds FLOAT NOT NULL, created_at VARCHAR(40) NOT NULL, stored_at VARCHAR(40) NOT NULL);
+CREATE TABLE ratings (number INTEGER NOT NULL PRIMARY KEY, "key" VARCHAR(64) NOT NULL UNIQUE,
+  item_id VARCHAR(256) NOT NULL, prompt_id VARCHAR(256) NOT NULL, prompt TEXT NOT NULL,
+  response TEXT NOT NULL, model VARCHAR(256) NOT NULL,
+  annotator_id VARCHAR(128) NOT NULL REFERENCES annotators (annotator_id),
+  criterion VARCHAR(128) NOT NULL, value INTEGER NOT NULL, created_at VARCHAR(40) NOT NULL,
+  stored_at VARCHAR(40) NOT NULL);
+INSERT INTO feedback_schema VALUES (1);
+INSERT INTO annotators VALUES ('otter', 'human');
+INSERT INTO pairs VALUES ('i', 'p', '?', '[]', 'x', '', 'y', '');
+INSERT INTO comparisons VALUES (1,
+  'fe6c6f5c6d64d3d9fb3d1ca1ef2c3ad9a9d2bbff1ef9f5dba0b35e0a2d8a4bd3',
+  'i', 'otter', 'a', 2, 'b', 1.5, '2026-01-01', '2026-01-01');
+"""
+
+
+def test_a_store_of_the_first_version_is_migrated_and_keeps_its_judgements(tmp_path: Path) -> None:
+    path = tmp_path / "old.sqlite"
+    pair = Pair(
+        item_id="i", prompt_id="p", prompt="?", a=Candidate(text="x"), b=Candidate(text="y")
+    )
+    kept = replace(
+        COMPARISON, pair=pair, choice="a", strength=2, seconds=1.5, created_at="2026-01-01"
+    )
+    key = (
+        '{"annotator_id": "otter", "choice": "a", "created_at": "2026-01-01", "item_id": "i", '
+        '"seconds": 1.5, "shown_first": "b", "strength": 2}'
+    )
+    with closing(sqlite3.connect(path)) as raw:
+        raw.executescript(OLD)
+        raw.execute("UPDATE comparisons SET key = ?", [sha256(key.encode()).hexdigest()])
+        raw.commit()
+    with FeedbackStore(path) as store:
+        assert store.comparisons() == [kept]
+        assert store.add_comparisons([kept]) == 0, "the same judgement has the same key"
+    FeedbackStore(path).close()
+
+
+def test_the_revisions_make_the_tables_that_the_program_expects(store_location: str) -> None:
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory(str(Path(schema.__file__).parent / "migrations"))
+    assert script.get_heads() == [schema.HEAD]
+    assert script.get_bases() == [schema.FIRST]
+    with FeedbackStore(store_location) as store:
+        differences = store.database.read(
+            lambda c: compare_metadata(MigrationContext.configure(c), schema.metadata)
+        )
+    assert differences == []

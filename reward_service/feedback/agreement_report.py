@@ -1,0 +1,332 @@
+"""How well judges agree, what sways them, and how to read it: one report, as JSON-able values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from reward_service.comparison import Choice, Comparison, Rating
+from reward_service.feedback.agreement import (
+    Array,
+    Codes,
+    Counts,
+    bootstrap_interval,
+    counts_of_codes,
+    fleiss_kappa,
+    gwet_ac1,
+    krippendorff_alpha,
+    mean_cohen_kappa,
+    percent_agreement,
+    wilson_interval,
+)
+from reward_service.feedback.judges import Quality
+
+CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
+
+READINGS = {
+    "percent": "Two judges of the same item say the same in {value:.0%} of cases; by chance alone"
+    " some of that would happen too.",
+    "cohen": "Of the agreement of two judges that chance leaves open, they reach {value:.0%}.",
+    "fleiss": "Of the agreement of all judges that chance leaves open, they reach {value:.0%}; a"
+    " rare choice makes it harsh.",
+    "alpha": "1 is perfect, 0 is chance: {words}.",
+    "graded_alpha": "The same with 'slightly' nearer to a tie than 'by far': {words}.",
+    "ac1": "1 is perfect, 0 is chance, and a rare choice does not hurt it: {words}.",
+}
+"""How to read each coefficient."""
+
+
+def agreement_report(
+    comparisons: Sequence[Comparison], *, quality: Quality | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Everything that is worth knowing of a set of judgements, as JSON-able values.
+
+    The last judgement of a judge on an item counts. Shares come as ``{"value", "low", "high",
+    "n"}`` with 95 % intervals; ``None`` stands for what these judgements cannot tell.
+
+    Args:
+        quality: True quality of (prompt_id, response text), where the data has one.
+
+    Returns:
+        ``comparisons``, ``items``, ``judges`` counts; ``choices`` count of each; ``percent``,
+        ``cohen`` (mean over pairs of judges), ``fleiss``, ``alpha``, ``graded_alpha`` (ordinal,
+        with the strength), ``ac1``, each with a sentence on how to read it; ``leave_one_out`` (a
+        judge against the majority of the others: what a reward model can hope for);
+        ``per_judge`` list with biases; ``majority_accuracy`` against true quality or ``None``;
+        ``summary``, one paragraph on how to read it.
+    """
+    items = _by_item(comparisons)
+    codes, graded = _codes(items), _graded(items)
+    labels = max(2, int(codes.max(initial=0)) + 1)
+    counts = counts_of_codes(codes, labels)
+    others = _against_others(items)
+    report: dict[str, Any] = {
+        "comparisons": sum(len(votes) for votes in items.values()),
+        "items": len(items),
+        "judges": len({name for votes in items.values() for name in votes}),
+        "choices": {
+            choice: sum(c.choice == choice for votes in items.values() for c in votes.values())
+            for choice in CHOICES
+        },
+        "percent": measured("percent", counts, percent_agreement, seed),
+        "cohen": measured("cohen", codes, mean_cohen_kappa, seed, resamples=200),
+        "fleiss": measured("fleiss", counts, fleiss_kappa, seed),
+        "alpha": measured("alpha", counts, krippendorff_alpha, seed),
+        "graded_alpha": measured(
+            "graded_alpha",
+            counts_of_codes(graded, 7),
+            lambda c: krippendorff_alpha(c, "ordinal"),
+            seed,
+        ),
+        "ac1": measured("ac1", counts, gwet_ac1, seed),
+        "leave_one_out": _share([hit for hits in others.values() for hit in hits]),
+        "per_judge": [
+            _judge_report(name, items, others[name])
+            for name in sorted({name for votes in items.values() for name in votes})
+        ],
+        "majority_accuracy": None if quality is None else _accuracy(items, quality),
+    }
+    report["summary"] = _summary(report)
+    return report
+
+
+Items = dict[str, dict[str, Comparison]]
+"""item id -> judge -> judgement."""
+
+
+def _by_item(comparisons: Sequence[Comparison]) -> Items:
+    items: Items = {}
+    for comparison in comparisons:
+        votes = items.setdefault(comparison.pair.item_id, {})
+        votes[comparison.annotator.annotator_id] = comparison
+    return items
+
+
+def _codes(items: Items) -> Codes:
+    """``[N, J]`` over the choices that occur, numbered in the order of ``CHOICES``."""
+    judges = sorted({name for votes in items.values() for name in votes})
+    used = [c for c in CHOICES if any(v.choice == c for vs in items.values() for v in vs.values())]
+    return _table(items, judges, lambda vote: used.index(vote.choice))
+
+
+def _graded(items: Items) -> Codes:
+    """``[N, J]`` 0 (a by far) to 6 (b by far); 3 is a tie of either kind."""
+    judges = sorted({name for votes in items.values() for name in votes})
+
+    def grade(vote: Comparison) -> int:
+        sign = {"a": -1, "b": 1}.get(vote.choice, 0)
+        return 3 + sign * vote.strength
+
+    return _table(items, judges, grade)
+
+
+def _table(items: Items, judges: Sequence[str], code: Callable[[Comparison], int]) -> Codes:
+    codes = np.full((len(items), len(judges)), -1, np.int64)
+    column = {name: number for number, name in enumerate(judges)}
+    for row, votes in enumerate(items.values()):
+        for name, vote in votes.items():
+            codes[row, column[name]] = code(vote)
+    return codes
+
+
+def choice_counts(choices: Sequence[Sequence[Choice]]) -> Counts:
+    """``[N, 4]`` of the choices made on each item."""
+    return np.array([[votes.count(c) for c in CHOICES] for votes in choices], np.int64)
+
+
+def rating_report(ratings: Sequence[Rating], *, seed: int = 0) -> dict[str, Any]:
+    """Agreement on ratings, criterion by criterion: percent, ordinal and interval alpha."""
+    report: dict[str, Any] = {}
+    for criterion in sorted({r.criterion for r in ratings}):
+        own = [r for r in ratings if r.criterion == criterion]
+        items = sorted({r.item_id for r in own})
+        judges = sorted({r.annotator.annotator_id for r in own})
+        codes = np.full((len(items), len(judges)), -1, np.int64)
+        for r in own:
+            codes[items.index(r.item_id), judges.index(r.annotator.annotator_id)] = r.value - 1
+        counts = counts_of_codes(codes, 5)
+        report[criterion] = {
+            "ratings": len(own),
+            "mean": float(np.mean([r.value for r in own])),
+            "percent": measured("percent", counts, percent_agreement, seed),
+            "ordinal_alpha": measured(
+                "alpha", counts, lambda c: krippendorff_alpha(c, "ordinal"), seed
+            ),
+            "interval_alpha": measured(
+                "alpha", counts, lambda c: krippendorff_alpha(c, "interval"), seed
+            ),
+        }
+    return report
+
+
+def measured(
+    name: str,
+    items: Array,
+    measure: Callable[[Array], float | None],
+    seed: int,
+    *,
+    resamples: int = 500,
+) -> dict[str, Any] | None:
+    """A coefficient with its interval and how to read it; ``None`` where it is undefined."""
+    value = measure(items) if len(items) else None
+    if value is None:
+        return None
+    interval = bootstrap_interval(items, measure, seed=seed, resamples=resamples)
+    counted = (items >= 0).sum(axis=1) if name == "cohen" else items.sum(axis=1)
+    low, high = interval if interval is not None else (None, None)
+    return {
+        "value": value,
+        "low": low,
+        "high": high,
+        "n": int((counted >= 2).sum()),
+        "reading": READINGS[name].format(value=value, words=_words(value)),
+    }
+
+
+def _share(hits: Sequence[float]) -> dict[str, Any] | None:
+    if not hits:
+        return None
+    low, high = wilson_interval(sum(hits), len(hits))
+    return {"value": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits)}
+
+
+def _majority(choices: Sequence[Choice]) -> Choice | None:
+    """The most frequent choice, ``None`` when two are equally frequent."""
+    ranked = sorted(((choices.count(c), c) for c in set(choices)), reverse=True)
+    if not ranked or (len(ranked) > 1 and ranked[0][0] == ranked[1][0]):
+        return None
+    return ranked[0][1]
+
+
+def _against_others(items: Items) -> dict[str, list[float]]:
+    """For each judge, 1 or 0 for each item where the others have a majority."""
+    hits: dict[str, list[float]] = {}
+    for votes in items.values():
+        for name, vote in votes.items():
+            own = hits.setdefault(name, [])
+            rest = _majority([v.choice for other, v in votes.items() if other != name])
+            if rest is not None:
+                own.append(float(vote.choice == rest))
+    return hits
+
+
+def _judge_report(name: str, items: Items, hits: Sequence[float]) -> dict[str, Any]:
+    """What one judge does, and what sways them.
+
+    ``first_share``: how often the response shown first wins; 0.5 without bias, as the order is
+    random. ``longer_share``: how often the longer one wins. Longer may simply be better, so
+    ``longer_excess`` takes off what the other judges said of the same items.
+    """
+    own = [votes[name] for votes in items.values() if name in votes]
+    decided = [c for c in own if c.choice in ("a", "b")]
+    longer: list[float] = []
+    excess: list[float] = []
+    for comparison in decided:
+        mine = _chose_longer(comparison)
+        if mine is None:
+            continue
+        longer.append(mine)
+        votes = items[comparison.pair.item_id]
+        rest = [_chose_longer(v) for other, v in votes.items() if other != name]
+        known = [r for r in rest if r is not None]
+        if known:
+            excess.append(mine - sum(known) / len(known))
+    return {
+        "judge": name,
+        "judgements": len(own),
+        "with_the_others": _share(hits),
+        "first_share": _share([float(c.choice == c.shown_first) for c in decided]),
+        "longer_share": _share(longer),
+        "longer_excess": _mean(excess),
+        "tie_share": 1 - len(decided) / len(own),
+        "seconds": float(np.median([c.seconds for c in own])),
+    }
+
+
+def _chose_longer(comparison: Comparison) -> float | None:
+    """1 when the longer response won, 0 when the shorter, ``None`` when neither can be said."""
+    difference = len(comparison.pair.a.text) - len(comparison.pair.b.text)
+    if difference == 0 or comparison.choice not in ("a", "b"):
+        return None
+    return float((comparison.choice == "a") == (difference > 0))
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any] | None:
+    """A mean with its normal 95 % interval."""
+    if len(values) < 2:
+        return None
+    mean = float(np.mean(values))
+    half = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return {"value": mean, "low": mean - half, "high": mean + half, "n": len(values)}
+
+
+def _accuracy(items: Items, quality: Quality) -> dict[str, Any] | None:
+    """How often the majority preferred the truly better response, where there is one of each."""
+    hits: list[float] = []
+    for votes in items.values():
+        pair = next(iter(votes.values())).pair
+        winner = _majority([vote.choice for vote in votes.values()])
+        a, b = quality(pair.prompt_id, pair.a.text), quality(pair.prompt_id, pair.b.text)
+        if winner in ("a", "b") and a != b:
+            hits.append(float((winner == "a") == (a > b)))
+    return _share(hits)
+
+
+def _summary(report: dict[str, Any]) -> str:
+    """One paragraph in plain words."""
+    many = f"{_number(report['judges'], 'judge')} compared {_number(report['items'], 'pair')}"
+    percent, alpha, ac1 = report["percent"], report["alpha"], report["ac1"]
+    if percent is None:
+        return f"{many}; no pair was seen by two of them, so their agreement is unknown."
+    text = f"{many}. Two judges of a pair say the same in {percent['value']:.0%} of cases"
+    if alpha is None:
+        return text + ", but all use one choice only, so nothing was told apart."
+    text += f" (Krippendorff's alpha {_with_interval(alpha)}, Gwet's AC1 {_with_interval(ac1)}): "
+    text += _words(alpha["value"]) + "."
+    if ac1["value"] - alpha["value"] > 0.2:
+        text += " One choice is so common that alpha is harsh here: AC1 is the fairer figure."
+    if report["leave_one_out"] is not None:
+        text += (
+            f" One judge agrees with the majority of the others in "
+            f"{report['leave_one_out']['value']:.0%} of pairs: about the best that a reward model "
+            "can reach against single judgements."
+        )
+    if report["majority_accuracy"] is not None:
+        text += (
+            f" Where the majority prefers one, it is the truly better one in "
+            f"{report['majority_accuracy']['value']:.0%}."
+        )
+    swayed = [j["judge"] for j in report["per_judge"] if _is_swayed(j)]
+    if swayed:
+        text += f" Position or length clearly sways {', '.join(swayed)}."
+    return text
+
+
+def _is_swayed(judge: dict[str, Any]) -> bool:
+    first, longer = judge["first_share"], judge["longer_excess"]
+    by_position = first is not None and not first["low"] <= 0.5 <= first["high"]
+    return by_position or (longer is not None and not longer["low"] <= 0.0 <= longer["high"])
+
+
+def _words(alpha: float) -> str:
+    """Krippendorff's own bounds: 0.8 to rely on, 0.667 for tentative conclusions."""
+    if alpha >= 0.8:
+        return "judgements to rely on"
+    if alpha >= 0.667:
+        return "enough agreement for tentative conclusions"
+    if alpha >= 0.2:
+        return "agreement well beyond chance, but many pairs are matters of taste or noise"
+    return "hardly more agreement than chance: look at the guidelines and the pairs"
+
+
+def _with_interval(measured: dict[str, Any]) -> str:
+    if measured["low"] is None:
+        return f"{measured['value']:.2f}"
+    return f"{measured['value']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

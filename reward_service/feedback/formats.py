@@ -1,0 +1,297 @@
+"""Judgements as rows of files, in four formats, both ways.
+
+``votes``       this project's own: one row a judgement, with its history. Also what reads raw
+                votes of others: an item, a person, a choice.
+``trl``         TRL's preference format: prompt, chosen, rejected; messages where the item has them
+``openrlhf``    OpenRLHF's: chosen and rejected as whole dialogues
+``items``       pairs without judgements, to be judged
+``gold``        pairs with the known answer, to measure people by
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from actors.trajectory import Message
+from reward_service.comparison import (
+    Annotator,
+    Candidate,
+    Choice,
+    Comparison,
+    Pair,
+    Ranking,
+    Rating,
+)
+from reward_service.feedback.collect import given_preference
+from reward_service.feedback.store import Entry
+
+Format = Literal["votes", "trl", "openrlhf"]
+"""Formats of judgements; ``items`` and ``gold`` are read into tasks."""
+Values = Mapping[str, Any]
+
+_CHOICES: Mapping[str, Choice] = {
+    "a": "a", "b": "b", "tie": "tie", "both_bad": "both_bad", "both bad": "both_bad",
+    "1": "a", "2": "b", "0": "tie", "model_a": "a", "model_b": "b", "tie (bothbad)": "both_bad",
+}  # fmt: skip
+"""Words of other files for a choice; 0, 1, 2 as PandaLM has them."""
+
+
+def entry_row(entry: Entry[Any]) -> dict[str, Any]:
+    """A judgement as a flat row; every field of ``row_entry``."""
+    said = entry.judgement
+    row: dict[str, Any] = {
+        "annotator_id": said.annotator.annotator_id,
+        "annotator_kind": said.annotator.kind,
+        "created_at": said.created_at,
+        "withdrawn": entry.withdrawn,
+        "repeat": entry.repeat,
+    }
+    if isinstance(said, Comparison):
+        return {"kind": "comparison", **_pair_values(said.pair), **row} | {
+            "choice": said.choice,
+            "strength": said.strength,
+            "shown_first": said.shown_first,
+            "seconds": said.seconds,
+        }
+    common = {"item_id": said.item_id, "prompt_id": said.prompt_id, "prompt": said.prompt}
+    if isinstance(said, Rating):
+        return {"kind": "rating", **common, **row} | {
+            "response": said.response.text,
+            "model": said.response.model,
+            "criterion": said.criterion,
+            "value": said.value,
+        }
+    return {"kind": "ranking", **common, **row} | {
+        "messages": [dict(m) for m in said.messages],
+        "candidates": [{"text": c.text, "model": c.model} for c in said.candidates],
+        "ranking": list(said.ranking),
+        "seconds": said.seconds,
+    }
+
+
+def row_entry(row: Values, items: Mapping[str, Pair], where: str) -> Entry[Any]:
+    """The judgement of a row: our own, or somebody's raw vote.
+
+    Args:
+        row: Of a raw vote ``item_id`` and ``annotator_id`` (or rater, annotator, judge),
+            ``choice`` (or vote, label), and the texts, unless ``items`` has them.
+        items: Pairs of a separate file, by their id.
+        where: The row's place, for messages.
+
+    Raises:
+        ValueError: A field is missing or has no meaning; the message begins with ``where``.
+    """
+    kind = row.get("kind", "comparison")
+    try:
+        if kind == "comparison":
+            judgement: Comparison | Rating | Ranking = _comparison(row, items)
+        elif kind == "rating":
+            judgement = _rating(row)
+        elif kind == "ranking":
+            judgement = _ranking(row)
+        else:
+            raise ValueError(f"kind must be comparison, rating or ranking, got {kind!r}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    return Entry(
+        judgement=judgement,
+        withdrawn=bool(row.get("withdrawn", False)),
+        repeat=int(row.get("repeat") or 0),
+    )
+
+
+def item_pair(row: Values, where: str) -> Pair:
+    """A pair of a file of items. Raises ValueError that begins with ``where``."""
+    try:
+        return _pair(row)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def preference_row(row: Values, where: str, *, item_id: str, annotator: Annotator) -> Comparison:
+    """A row of TRL's or OpenRLHF's preference format, explicit or implicit prompt.
+
+    Raises:
+        ValueError: chosen or rejected is missing, equal, or they answer different prompts.
+    """
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    prompt = next((row[k] for k in ("prompt", "input", "question") if row.get(k)), None)
+    try:
+        good_before, good = _split(chosen, "chosen")
+        bad_before, bad = _split(rejected, "rejected")
+        if prompt is None and good_before != bad_before:
+            raise ValueError("chosen and rejected answer different prompts")
+        if isinstance(prompt, list):
+            messages = _messages(prompt)
+        elif prompt is not None:
+            messages = ()
+        else:
+            messages = good_before
+            if not messages:
+                raise ValueError("there is no prompt: give a field `prompt`, or whole dialogues")
+        if good == bad:
+            raise ValueError("chosen and rejected are equal")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    text = prompt if isinstance(prompt, str) else messages[-1]["content"]
+    return given_preference(
+        item_id=item_id,
+        prompt_id=str(row.get("prompt_id") or item_id),
+        prompt=text,
+        messages=messages,
+        chosen=good,
+        rejected=bad,
+        annotator=annotator,
+    )
+
+
+def preference_rows(comparisons: Iterable[Comparison], form: Format) -> Iterator[dict[str, Any]]:
+    """One row a pair that most of its judges decide; ties say nothing in these formats."""
+    by_item: dict[str, list[Comparison]] = {}
+    for comparison in comparisons:
+        by_item.setdefault(comparison.pair.item_id, []).append(comparison)
+    for item_id, votes in by_item.items():
+        lead = sum((c.choice == "a") - (c.choice == "b") for c in votes)
+        if lead == 0:
+            continue
+        pair = votes[0].pair
+        good, bad = (pair.a.text, pair.b.text) if lead > 0 else (pair.b.text, pair.a.text)
+        messages: list[Message] = [*pair.messages]
+        if form == "openrlhf":
+            before = messages or [Message(role="user", content=pair.prompt)]
+            yield {
+                "id": item_id,
+                "chosen": [*before, Message(role="assistant", content=good)],
+                "rejected": [*before, Message(role="assistant", content=bad)],
+            }
+        elif messages:
+            yield {
+                "id": item_id,
+                "prompt": messages,
+                "chosen": [Message(role="assistant", content=good)],
+                "rejected": [Message(role="assistant", content=bad)],
+            }
+        else:
+            yield {"id": item_id, "prompt": pair.prompt, "chosen": good, "rejected": bad}
+
+
+def _split(value: Any, name: str) -> tuple[tuple[Message, ...], str]:
+    """(what came before, the answer) of a text or a dialogue that ends with the assistant."""
+    if isinstance(value, str) and value:
+        return (), value
+    if isinstance(value, list) and value:
+        messages = _messages(value)
+        if messages[-1]["role"] == "assistant":
+            return messages[:-1], messages[-1]["content"]
+        raise ValueError(f"{name} must end with a message of the assistant")
+    raise ValueError(f"{name} must be a text or a list of messages")
+
+
+def _messages(value: Sequence[Any]) -> tuple[Message, ...]:
+    for message in value:
+        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
+            raise ValueError("a message must have a role and a content")
+    return tuple(Message(role=str(m["role"]), content=m["content"]) for m in value)
+
+
+def _pair_values(pair: Pair) -> dict[str, Any]:
+    return {
+        "item_id": pair.item_id,
+        "prompt_id": pair.prompt_id,
+        "prompt": pair.prompt,
+        "messages": [dict(m) for m in pair.messages],
+        "a": pair.a.text,
+        "a_model": pair.a.model,
+        "b": pair.b.text,
+        "b_model": pair.b.model,
+    }
+
+
+def _pair(row: Values) -> Pair:
+    item_id = _text(row, "item_id", "id")
+    prompt = _text(row, "prompt", "instruction")
+    if row.get("input"):  # of instruction data: what the instruction is about
+        prompt = f"{prompt}\n\n{row['input']}"
+    return Pair(
+        item_id=item_id,
+        prompt_id=str(row.get("prompt_id") or item_id),
+        prompt=prompt,
+        a=Candidate(text=_text(row, "a", "response_a"), model=_optional(row, "a_model", "model_a")),
+        b=Candidate(text=_text(row, "b", "response_b"), model=_optional(row, "b_model", "model_b")),
+        messages=_messages(row.get("messages") or ()),
+    )
+
+
+def _comparison(row: Values, items: Mapping[str, Pair]) -> Comparison:
+    item_id = _text(row, "item_id", "id")
+    given = str(_first(row, "choice", "vote", "label")).strip().lower()
+    if given not in _CHOICES:
+        raise ValueError(f"choice must be a, b, tie or both_bad, got {given!r}")
+    return Comparison(
+        pair=items[item_id] if item_id in items else _pair(row),
+        annotator=_annotator(row),
+        choice=_CHOICES[given],
+        strength=int(row.get("strength") or 1),
+        shown_first="b" if row.get("shown_first") == "b" else "a",
+        seconds=float(row.get("seconds") or 0.0),
+        created_at=_optional(row, "created_at"),
+    )
+
+
+def _rating(row: Values) -> Rating:
+    item_id = _text(row, "item_id", "id")
+    return Rating(
+        item_id=item_id,
+        prompt_id=str(row.get("prompt_id") or item_id),
+        prompt=_text(row, "prompt", "instruction"),
+        response=Candidate(text=_text(row, "response", "text"), model=_optional(row, "model")),
+        annotator=_annotator(row),
+        criterion=_optional(row, "criterion") or "quality",
+        value=int(_first(row, "value", "rating", "score")),
+        created_at=_optional(row, "created_at"),
+    )
+
+
+def _ranking(row: Values) -> Ranking:
+    item_id = _text(row, "item_id", "id")
+    return Ranking(
+        item_id=item_id,
+        prompt_id=str(row.get("prompt_id") or item_id),
+        prompt=_text(row, "prompt"),
+        messages=_messages(row.get("messages") or ()),
+        candidates=tuple(
+            Candidate(text=_text(c, "text"), model=_optional(c, "model"))
+            for c in _first(row, "candidates")
+        ),
+        annotator=_annotator(row),
+        ranking=tuple(int(n) for n in _first(row, "ranking")),
+        seconds=float(row.get("seconds") or 0.0),
+        created_at=_optional(row, "created_at"),
+    )
+
+
+def _annotator(row: Values) -> Annotator:
+    name = str(_first(row, "annotator_id", "annotator", "rater", "judge"))
+    kind = row.get("annotator_kind") or "human"
+    if kind not in ("human", "simulated"):
+        raise ValueError(f"annotator_kind must be human or simulated, got {kind!r}")
+    return Annotator(annotator_id=name, kind="simulated" if kind == "simulated" else "human")
+
+
+def _first(row: Values, *names: str) -> Any:
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise ValueError(f"the row has no {names[0]}")
+
+
+def _text(row: Values, *names: str) -> str:
+    value = _first(row, *names)
+    if not isinstance(value, str | int):
+        raise ValueError(f"{names[0]} must be a text, got {type(value).__name__}")
+    return str(value)
+
+
+def _optional(row: Values, *names: str) -> str:
+    return next((str(row[name]) for name in names if row.get(name) is not None), "")
