@@ -34,8 +34,9 @@ from learner.batch import build_batch
 from learner.config import OptimizerConfig, PPOConfig
 from reward_service.encoding import RewardHead, Truncation
 from reward_service.model import RewardModel
-from reward_service.rewards import FunctionReward, ModelReward, Reward, WeightedSum, score_stream
+from reward_service.rewards import FunctionReward, ModelReward, Reward, WeightedSum
 from reward_service.score import ModelScores, Score, ScoreItem
+from reward_service.scoring import score_stream
 from tests.actors.test_prompts import TEMPLATE, make_tokenizer
 from tests.learner.ppo_samples import in_process, weights
 from tests.reward_service.test_model import direct_scores
