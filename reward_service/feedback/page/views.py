@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, exists, func, select
+from sqlalchemy import Connection, and_, func, select
 
 from actors.trajectory import Message
 from reward_service.feedback.leases import Assignment
@@ -124,16 +124,17 @@ def answer_of(form: Mapping[str, Any], given: Assignment, criteria: Sequence[str
 def progress_of(connection: Connection, annotator_id: str) -> Progress:
     mine = and_(assignments.c.annotator_id == annotator_id, assignments.c.state == "done")
     done = connection.execute(select(func.count()).select_from(assignments).where(mine)).scalar()
-    seen = exists().where(
-        assignments.c.task_id == tasks.c.task_id,
-        assignments.c.annotator_id == annotator_id,
-        assignments.c.state.in_(("done", "skipped", "flagged")),
-    )
-    left = connection.execute(
+    # Open tasks less those among them that this person has seen: two counts by index.
+    is_open = and_(tasks.c.state == "open", tasks.c.gold.is_(None))
+    open_tasks = connection.execute(select(func.count()).select_from(tasks).where(is_open)).scalar()
+    seen = connection.execute(
         select(func.count())
-        .select_from(tasks)
+        .select_from(assignments.join(tasks, tasks.c.task_id == assignments.c.task_id))
         .where(
-            tasks.c.state == "open", tasks.c.gold.is_(None), tasks.c.done < tasks.c.overlap, ~seen
+            is_open,
+            assignments.c.annotator_id == annotator_id,
+            assignments.c.repeat == 0,
+            assignments.c.state.in_(("done", "skipped", "flagged")),
         )
     ).scalar()
     last = connection.execute(
@@ -144,7 +145,9 @@ def progress_of(connection: Connection, annotator_id: str) -> Progress:
     ).scalars()
     seconds = sorted(float(value) for value in last)
     return Progress(
-        done=done or 0, left=left or 0, pace=seconds[len(seconds) // 2] if seconds else None
+        done=done or 0,
+        left=max(0, (open_tasks or 0) - (seen or 0)),
+        pace=seconds[len(seconds) // 2] if seconds else None,
     )
 
 
