@@ -13,13 +13,14 @@ which makes every epoch the same micro-batches in another order; the configured 
 tried at the end, and there only the first must be exact. The engine adds in yet another order, so
 between engine and learner nothing is exact in floating point.
 
-Before it begins the engine is given other weights: a tensor that an update leaves behind shows.
+The engine starts with other weights: a tensor that an update leaves behind shows.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,11 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from safetensors.torch import load_file, save_file
 
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
 from actors.trajectory import Prompt
-from actors.weights import WeightUpdate, pack_weights, read_checkpoint, tensors_of
+from actors.weights import WeightUpdate, weight_files
 from cluster.config import RunConfig
 from cluster.drift_blame import Blame, find_culprit
 from cluster.drift_watch import FIGURES
@@ -98,7 +100,9 @@ def run_drift_gate(
         with Session(measuring(tried), reporter, StopRequest(reporter.say)) as session:
             reporter.say(f"drift gate: {steps} PPO steps at learning rate 0 on {tried.model}")
             parts = session.parts(
-                tried.policy_model, tried.reward.terms, lambda: gate_learners(tried)
+                with_other_weights(tried.policy_model, Path(place)),
+                tried.reward.terms,
+                lambda: gate_learners(tried),
             )
             verdict, samples = examine_drift(
                 tried, parts.rollouts, parts.reward, parts.learners, reporter
@@ -173,7 +177,7 @@ def examine_drift(
     """Take the steps, check what they report, and look for the culprit of a disagreement.
 
     Args:
-        rollouts: Of a configuration that is :func:`measuring`.
+        rollouts: Of a configuration that is :func:`measuring`, started with other weights.
         learners: Made by :func:`gate_learners`.
 
     Returns:
@@ -184,7 +188,6 @@ def examine_drift(
     prompts = gate_prompts(config, rollouts.context_length)
     log = KeptSteps()
     before = learners.export_weights(0, [])
-    rollouts.load(other_weights(config.policy_model))
     rollouts.load(before)
     train(
         # Nothing is stopped or warned of here: the checks below tell.
@@ -256,10 +259,14 @@ def gate_prompts(config: RunConfig, context: int) -> list[Prompt]:
     return prompts
 
 
-def other_weights(model: Path) -> WeightUpdate:
-    """An update of the model's architecture with every element halved."""
-    tensors = tensors_of(read_checkpoint(model, version=0))
-    return pack_weights(((name, tensor * 0.5) for name, tensor in tensors.items()), 0, None)
+def with_other_weights(model: Path, place: Path) -> Path:
+    """A copy of a model's directory in ``place``, every weight halved."""
+    other = place / "other_weights"
+    shutil.copytree(model, other)
+    for path in weight_files(other):
+        halved = {name: tensor * 0.5 for name, tensor in load_file(path).items()}
+        save_file(halved, path, metadata={"format": "pt"})
+    return other
 
 
 def weights_hash(update: WeightUpdate) -> str:

@@ -42,7 +42,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "reinforce_plus_plus": {},
     "reinforce_plus_plus_baseline": {"kl": {"where": "loss", "estimator": "k2", "coef": 0.02}},
 }
-FEW_STEPS = 7
+FEW_STEPS = 10
 
 
 class LowIds:

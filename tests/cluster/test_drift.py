@@ -28,6 +28,7 @@ from cluster.drift import (
     gate_learners,
     measuring,
     same_weights,
+    with_other_weights,
 )
 from cluster.drift_blame import EngineSetup, changes, find_culprit
 from cluster.progress import Reporter
@@ -80,7 +81,8 @@ def keep_old_heads(actor: Any) -> None:
 @pytest.fixture
 def stale(ray_session: None, tiny_llama: Path, tmp_path: Path) -> Iterator[RolloutPool]:
     config = measuring(configuration(tiny_llama, tmp_path))
-    with RolloutPool(tiny_llama, config.rollout, name="stale") as pool:
+    start = with_other_weights(tiny_llama, tmp_path)
+    with RolloutPool(start, config.rollout, name="stale") as pool:
         ray.get(pool.handles[0].__ray_call__.remote(keep_old_heads))
         yield pool
 
@@ -88,7 +90,7 @@ def stale(ray_session: None, tiny_llama: Path, tmp_path: Path) -> Iterator[Rollo
 def test_weights_that_an_update_leaves_behind_fail_it_and_are_blamed(
     stale: RolloutPool, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """At learning rate zero old and new weights are alike, unless others were loaded before."""
+    """At learning rate zero old and new weights are alike, unless the engine began with others."""
     config = gate_config(configuration(tiny_llama, tmp_path), None, 1, tmp_path)
     with gate_learners(config) as learners:
         verdict, samples = examine_drift(
