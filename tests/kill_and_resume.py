@@ -33,7 +33,8 @@ MARK = "RLHF_TEST_RUN"
 
 STEPS = 10
 START_S = 400.0
-GONE_S = 30.0
+GONE_S = 120.0
+"""Ray's agents try for up to a minute to report that their raylet died, to a GCS that died too."""
 
 Kind = str
 KINDS: dict[Kind, dict[str, Any]] = {
@@ -81,10 +82,13 @@ class Run:
                 raise RuntimeError(f"{self.log} does not come to line {count}:\n{self.tail()}")
             time.sleep(0.005)
 
-    def kill(self) -> list[str]:
-        """SIGKILL the driver; names of the processes that outlive it for too long."""
+    def kill(self) -> None:
+        """SIGKILL the driver, and nothing else."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+    def left(self) -> list[str]:
+        """Names of the processes that outlive their driver for too long."""
         deadline = time.monotonic() + GONE_S
         while (left := list(self.processes())) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -151,10 +155,11 @@ def main() -> None:
         lines, pause = rng.randrange(STEPS), rng.random() * step_s
         run.wait_for_lines(lines)
         time.sleep(pause)
-        left = run.kill()
+        run.kill()
         written = (run.run_dir / "ppo" / "metrics.jsonl").read_bytes().count(b"\n")
         resumed = Run(config, resume=True)
         resumed.finish()
+        left = [*run.left(), *resumed.left()]
         wrong = differences(reference, run.run_dir)
         same += not wrong
         orphans += len(left)
