@@ -161,8 +161,9 @@ class Dispatcher:
                     422, "reload_refused", f"the model before it still serves: {problem}"
                 )
             (version,) = versions
-            # First what later replicas should serve, then those that are there.
-            await handle.target.remote(path, version)
+            # First what later replicas should serve, then those that are there. Broadcasts do not
+            # wait behind requests, so a reload works under any load.
+            await self._everywhere(handle, deadline, "target", path, version)
             statuses = await self._everywhere(handle, deadline, "switch", path, version)
         logger.info("reward model %s is now version %s", model, version)
         return merged_status(statuses)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -92,13 +91,6 @@ class Ingress:
 
     async def reload(self, model: str, directory: str) -> ModelStatus:
         return await self._dispatcher.reload(model, directory)
-
-    async def load(self, model: str, directory: str) -> ModelStatus | RequestError:
-        """For the service's own driver, over the handle: any directory."""
-        try:
-            return await self._dispatcher.load(model, Path(directory))
-        except RequestError as error:
-            return error
 
 
 def _proxy_host() -> str:

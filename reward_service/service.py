@@ -11,6 +11,7 @@ again; ``application`` is what ``serve deploy`` builds from a file.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import time
@@ -28,6 +29,7 @@ from ray.serve.handle import DeploymentHandle
 from reward_service.checkpoint import check_files
 from reward_service.client import HandleScorer
 from reward_service.config import RewardServiceConfig, ServeApplicationConfig, check_names
+from reward_service.dispatch import Dispatcher
 from reward_service.ensemble import EnsembleScorer
 from reward_service.http_api import RequestError
 from reward_service.ingress import Ingress, KeyedRequests
@@ -177,13 +179,15 @@ class RewardService:
             ValueError: It cannot be loaded; the version before it still serves.
             TimeoutError: Not done within ``reload_timeout_s``.
         """
-        handle = serve.get_app_handle(self._app_name)
-        found = handle.load.remote(name, str(directory.resolve())).result(
-            timeout_s=self._config.reload_timeout_s + 5.0
-        )
-        if isinstance(found, RequestError):
-            raise ValueError(f"reward model {name!r} was not reloaded: {found.message}")
-        status: ModelStatus = found
+        if name not in self._models:
+            raise ValueError(f"no model is served as {name!r}; served: {sorted(self._models)}")
+        # Straight to the replicas: the ingresses may be full of requests.
+        dispatcher = Dispatcher(self._config, {name: self._handle(name)})
+        try:
+            status = asyncio.run(dispatcher.load(name, directory.resolve()))
+        except RequestError as error:
+            kind = TimeoutError if error.status == 504 else ValueError
+            raise kind(f"reward model {name!r} was not reloaded: {error.message}") from None
         self._statuses[name] = status
         return status
 

@@ -200,7 +200,10 @@ def main() -> None:
                 request = requests.draw(rng)
                 answer = client.request(**request)
                 statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
-                assert answer.status_code < 500, (request, answer.text)
+                # A deadline of the caller's own may be too short to keep.
+                in_time = b"timeout_s" not in request.get("content", b"")
+                allowed = answer.status_code < 500 or (answer.status_code == 504 and not in_time)
+                assert allowed, (request, answer.text)
                 if number == wanted // 10:
                     early = memory()
             late = memory()
