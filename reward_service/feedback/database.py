@@ -104,17 +104,31 @@ class Database:
             return work(connection)
 
     def forget_deleted(self) -> None:
-        """Deleted rows leave the files too: rewrites a SQLite file, vacuums a server's tables."""
+        """What was deleted leaves the files too.
+
+        SQLite has overwritten it in the database (``secure_delete``); here its write-ahead log is
+        emptied. A server's tables are vacuumed; its own log and backups are its administrator's.
+
+        Raises:
+            RuntimeError: Somebody reads the SQLite file for so long that its log stays.
+        """
         with self._engine.connect() as connection:
             autocommit = connection.execution_options(isolation_level="AUTOCOMMIT")
             raw = autocommit.connection.dbapi_connection
-            if self.is_sqlite and raw is not None:
-                # Through the driver: SQLAlchemy would open a transaction first.
-                raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                raw.cursor().execute("VACUUM")
-                raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            else:
+            if not self.is_sqlite:
                 autocommit.execute(text("VACUUM"))
+                return
+            assert raw is not None
+            # Through the driver: SQLAlchemy would open a transaction first. Waits for readers.
+            cursor = raw.cursor()
+            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            found = cursor.fetchone()
+            assert found is not None
+        if found[0]:
+            raise RuntimeError(
+                f"the rows are deleted, but {self.shown}-wal may still hold them because another "
+                "process is reading: stop the page, then open the store once (rlhf feedback stats)"
+            )
 
     def _create_or_migrate(self) -> None:
         try:
