@@ -53,6 +53,9 @@ class SmallSampler:
         self._tokenizer = load_tokenizer(model_dir)
         self._version = 0
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """All of them fit."""
+
     def load(self, update: WeightUpdate) -> None:
         tensors = tensors_of(update)
         with torch.no_grad():

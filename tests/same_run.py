@@ -12,7 +12,15 @@ import yaml
 
 WORDS = ["storm", "Riverton", "council", "market", "rain", "bank", "river", "mayor"]
 
-CLOCKS = ("time", "seconds/", "ppo/seconds", "tokens/per_second", "tokens_per_second")
+CLOCKS = (
+    "time",
+    "seconds/",
+    "ppo/seconds",
+    "weights/seconds",
+    "weights/verify_share",
+    "tokens/per_second",
+    "tokens_per_second",
+)
 """Keys of a line of metrics that say how long something took."""
 
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from actors.config import EngineConfig, RolloutConfig, SamplingConfig
+from actors.environment import cache_dir
 from actors.fleet import State
 from actors.rollout import RolloutPool
 from actors.rollout_actor import eos_token_ids, response_text
@@ -404,7 +405,8 @@ def test_actors_have_the_environment_that_engines_need(pool: RolloutPool) -> Non
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["PYTHONDONTWRITEBYTECODE"] == ""
-    assert Path(environment["VLLM_CACHE_ROOT"]).is_dir()
+    expected = os.environ.get("VLLM_CACHE_ROOT", str(cache_dir() / "vllm"))
+    assert environment["VLLM_CACHE_ROOT"] == expected
     # vLLM lives in the actor itself: no child that could be orphaned.
     assert psutil.Process(pids(pool)[0]).children() == []
 

@@ -176,7 +176,18 @@ def test_a_run_says_once_what_left_its_range(tmp_path: Path) -> None:
     config = PPOConfig(steps=50, checkpoint_every=50)
     with MetricsWriter(tmp_path, stage="ppo") as out:
         nobody: Any = None  # no learners: no step here is checkpointed
-        log = PPOLog(tmp_path, config, nobody, out, store, {}, 0, watch=Watch(), warn=said.append)
+        log = PPOLog(
+            tmp_path,
+            config,
+            nobody,
+            out,
+            store,
+            {},
+            0,
+            references={},
+            watch=Watch(),
+            warn=said.append,
+        )
         for step in range(6):
             log.finish_step(step, {"ppo/ratio_mean": 1.0 + 0.1 * step, "reward/mean": 0.0}, [])
     assert len(said) == 1

@@ -114,7 +114,7 @@ def test_remote_learners_give_the_same_as_one_in_this_process(
         _check_policy_directory(tmp_path / "policy", tiny_llama, tensors, learners, sequences)
         for row in range(2):
             np.testing.assert_allclose(
-                exported.probe.logprobs[row], learners.logprobs(sequences)[row], atol=1e-6
+                exported.probe.logprobs[row], learners.logprobs(sequences)[row], atol=5e-6
             )
 
         # Going back and on again gives the same bits.
