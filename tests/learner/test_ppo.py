@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from learner.batch import PPOBatch
 from learner.config import KLConfig, OptimizerConfig, PPOConfig
+from learner.learner_state import CRITIC_FILE, OPTIMIZER_FILE
 from learner.schedule import learning_rate
 from tests.learner.plain_ppo import PlainModels, plain_iteration
 from tests.learner.ppo_samples import in_process, random_batch, weights
@@ -199,8 +200,7 @@ def test_the_critic_starts_from_the_reward_model_with_gain_and_bias(
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
     from actors.fingerprint import template_fingerprint
-    from learner.learner_state import CRITIC_FILE, OPTIMIZER_FILE
-from learner.models import load_reward_model
+    from learner.models import load_reward_model
     from reward_service.encoding import RewardHead
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
