@@ -29,7 +29,7 @@ import cluster.pipeline
 import cluster.ppo_stage
 from actors.config import SamplingConfig
 from actors.trajectory import Prompt, Trajectory, sample_seed
-from actors.weights import WeightUpdate, tensors_of
+from actors.weights import UpdateConfirmation, WeightUpdate, tensors_of
 from cluster import checkpoint, step_lines
 from cluster.config import load_config
 from cluster.session import Parts
@@ -56,12 +56,23 @@ class SmallSampler:
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """All of them fit."""
 
-    def load(self, update: WeightUpdate) -> None:
+    def load(self, update: WeightUpdate) -> list[UpdateConfirmation]:
         tensors = tensors_of(update)
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(tensors[name])
         self._version = update.version
+        return [
+            UpdateConfirmation(
+                actor="small",
+                version=update.version,
+                probe_max_error=0.0,
+                probe_mean_error=0.0,
+                seconds_verify=0.0,
+                seconds_load=0.0,
+                seconds_probe=0.0,
+            )
+        ]
 
     def generate(
         self,
@@ -117,6 +128,9 @@ class SmallSession:
             reward=build_reward(self._config.reward, scorers),
             learners=make_learners(),
         )
+
+    def score_references(self) -> dict[str, list[float]]:
+        return {}
 
     def forget_weights(self) -> None:
         pass

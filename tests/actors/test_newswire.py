@@ -107,7 +107,7 @@ def test_the_same_seed_gives_the_same_articles_on_every_machine() -> None:
 
     assert digest("en", 0) == digest("en", 0)
     assert digest("en", 0) != digest("en", 1)
-    assert (digest("en", 0), digest("zh", 0)) == ("3151dd8e489fe234", "372372974d112cb3")
+    assert (digest("en", 0), digest("zh", 0)) == ("5235c58c89dd3ed6", "abdcf4760a60b3eb")
 
 
 def test_a_larger_newswire_begins_with_the_smaller_one() -> None:
