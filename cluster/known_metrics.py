@@ -402,8 +402,8 @@ ACCOUNTING = (
         name="samples/failed",
         meaning="Samples that could not be generated or scored; none of them was trained on.",
         high=0.0,
-        remedy="The reason stands with each of them; commonest are a reward that raises or returns"
-        " NaN, and an engine that died.",
+        remedy="The reason of each is in `ppo/quarantine.jsonl`; commonest are a reward that raises"
+        " or returns NaN, and an engine that died.",
     ),
     Metric(
         name="samples/filtered_<reason>",

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from actors.prompts import PromptStream, tokenize_prompts
 from actors.trajectory import SampleFailure
 from cluster.checkpoint import CheckpointStore
+from cluster.drift_watch import FIGURES
 from cluster.health import Watch, is_coarse
 from cluster.metrics import MetricsWriter
 from cluster.resume import as_json, check_inputs, differences, input_digests
@@ -77,7 +78,9 @@ class PPOLog:
         self._store.chosen_metric(metrics)  # said in the first step, not at the first checkpoint
         metrics = {**metrics, **score_drift(samples, self._references)}
         self._writer.write(done, metrics, total=self._config.steps)
-        for sentence in self._watch.step(done, metrics):
+        told = {figure.metric for figure in FIGURES}  # by the loop's own DriftWatch
+        rest = {name: value for name, value in metrics.items() if name not in told}
+        for sentence in self._watch.step(done, rest):
             self._warn(sentence)
         if step % SAMPLES_EVERY == 0 or done == self._config.steps:
             self._write_samples(done, samples)
