@@ -175,13 +175,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     wanted = parser.parse_args().requests
 
+    kinds = {"Ingress": "reward:Ingress", "replica": "reward:model-", "proxy": "ProxyActor"}
+
     def memory() -> dict[str, int]:
-        named = [(" ".join(p.cmdline()), p) for p in psutil.process_iter() if p.is_running()]
-        kinds = {"Ingress": "reward:Ingress", "replica": "reward:model-", "proxy": "ProxyActor"}
-        return {
-            kind: sum(p.memory_info().rss >> 20 for title, p in named if word in title)
-            for kind, word in kinds.items()
-        }
+        """Resident MiB of each kind of process."""
+        found = dict.fromkeys(kinds, 0)
+        for process in psutil.process_iter():
+            try:
+                title, size = " ".join(process.cmdline()), process.memory_info().rss >> 20
+            except psutil.Error:  # it has ended meanwhile
+                continue
+            for kind, word in kinds.items():
+                found[kind] += size if word in title else 0
+        return found
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         base = make_llama(Path(place) / "base", tied=True)
