@@ -82,15 +82,16 @@ def answer(
         }
     )
     found: list[tuple[Trajectory, Score]] = []
-    failed = 0
+    failed, reason = 0, ""
     generated = pool.generate(prompts, sampling, run_seed=config.seed, round_index=0)
     for item in score_stream(reward, generated, retry=config.reward.retry):
         if isinstance(item, SampleFailure):
             failed += 1
+            reason = item.reason
         else:
             found.append(item)
     if not found:
-        raise RuntimeError("evaluation: every generation or score failed")
+        raise RuntimeError(f"evaluation: every generation or score failed, the last: {reason}")
     found.sort(key=lambda pair: (pair[0].prompt.prompt_id, pair[0].sample_index))
     return [t for t, _ in found], [s for _, s in found], failed
 

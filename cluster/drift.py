@@ -126,6 +126,9 @@ def gate_config(config: RunConfig | None, model: Path | None, steps: int, place:
         "policy": STILL,
         "critic": STILL,
         "drift": ppo.drift_limits,
+        # Every sample is looked at, whatever becomes of it in the run itself.
+        "truncated": "score",
+        "dynamic_sampling": None,
     }
     return base.model_copy(
         update={

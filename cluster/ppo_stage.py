@@ -84,7 +84,8 @@ class PPOLog:
             self._warn(sentence)
         if step % SAMPLES_EVERY == 0 or done == self._config.steps:
             self._write_samples(done, samples)
-        self.next_step, self._metrics, self._probe = done, metrics, probe_sequences(samples)
+        self.next_step, self._metrics = done, metrics
+        self._probe = probe_sequences([s for s in samples if s.filtered is None])
         if done % self._config.checkpoint_every == 0 or done == self._config.steps:
             self.checkpoint()
 
@@ -139,7 +140,9 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
         warn=work.reporter.warn,
     )
     policy = config.policy_model
-    models = {term.name: Path(term.model) for term in config.reward_terms if term.model}
+    models = {
+        name: Path(path) for term in config.reward_terms for name, path in term.members.items()
+    }
     inputs = input_digests(config, models)
     checkpoint = store.latest() if work.resume else None
     if checkpoint is not None:
@@ -212,7 +215,7 @@ def make_learners(work: Workplace) -> PPOLearners:
     config = work.config
     assert config.ppo is not None
     trained = work.run_dir / "reward_model"
-    uses_it = any(term.model == str(trained) for term in config.reward_terms)
+    uses_it = any(str(trained) in term.members.values() for term in config.reward_terms)
     return PPOLearners(
         config.ppo,
         config.learners,

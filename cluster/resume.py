@@ -19,13 +19,14 @@ from cluster.checkpoint import Checkpoint, package_versions
 from cluster.config import RunConfig
 
 WITHOUT_EFFECT = (
-    "run_dir", "cluster.*", "evaluate.*",
+    "run_dir", "cluster.*", "evaluate.*", "loop*",
     # Stages that were finished before PPO began, and their data.
     "pretrain*", "sft*", "collect*", "reward_model*",
     "data.corpus", "data.sft", "data.preferences", "data.response_field", "data.text_field",
-    "data.chosen_field", "data.rejected_field",
+    "data.chosen_field", "data.rejected_field", "data.label_field",
     # When to write, wait, try again and give up.
     "ppo.checkpoint_every", "ppo.keep_*", "ppo.min_trained_share", "ppo.max_skipped_steps",
+    "ppo.drift*",
     "rollout.*_timeout_s", "rollout.max_retries", "rollout.retry_pause_s",
     "rollout.probe_tolerance", "rollout.num_*pus_per_actor", "rollout.engine.gpu_memory*",
     "rollout.engine.weight_transfer", "learners.timeout_s", "learners.num_*pus_per_learner",

@@ -125,7 +125,7 @@ class Step:
                 f"{lost} of {len(self.submitted)} samples of this step failed or were filtered, "
                 f"more than ppo.min_trained_share allows; most often because of "
                 f"{reasons.most_common(1)[0][0]} (failed ones are in quarantine.jsonl; go on with "
-                "--resume when the cause is gone)"
+                "--resume when the cause is gone, or with a smaller share)"
             )
 
     def check_learned(self, metrics: Mapping[str, float]) -> None:

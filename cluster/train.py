@@ -101,7 +101,8 @@ def train(
             try:
                 while asked:
                     answers = rollouts.generate(asked, sampling, run_seed=seed, round_index=number)
-                    collect(step, score_stream(reward, answers, retry=retry), measure, stop)
+                    scored = score_stream(reward, answers, retry=retry, stop=stop)
+                    collect(step, scored, measure, stop)
                     if stop():
                         return False
                     step.filter(config)

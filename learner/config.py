@@ -154,7 +154,10 @@ class DynamicSamplingConfig(StrictConfig):
     their place (DAPO, arXiv 2503.14476, section 3.2)."""
 
     max_extra_rounds: int = Field(
-        3, ge=0, description="rounds of further prompts in a step; then what there is is trained"
+        3,
+        ge=0,
+        description="rounds of further prompts in a step; then what there is is trained,"
+        " unless that is less than ppo.min_trained_share",
     )
     min_spread: float = Field(
         0.0, ge=0, description="a group's rewards must differ by more than this"

@@ -102,6 +102,7 @@ class PolicyTerms:
 
     loss: Tensor
     surrogate: Tensor
+    log_ratio: Tensor
     ratio: Tensor
     clipped: Tensor
     approx_kl: Tensor
@@ -139,4 +140,4 @@ def policy_terms(
     with torch.no_grad():
         # Schulman's k3 of KL(old || new) from samples of the old policy.
         approx_kl = ratio - 1 - log_ratio
-    return PolicyTerms(loss, surrogate, ratio.detach(), clipped, approx_kl)
+    return PolicyTerms(loss, surrogate, log_ratio.detach(), ratio.detach(), clipped, approx_kl)

@@ -81,9 +81,11 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     spread_a, spread_b = a.square().mean().sqrt(), b.square().mean().sqrt()
-    alike = [float(spread) < _ALL_ALIKE for spread in (spread_a, spread_b)]
-    if any(alike):
-        return torch.tensor(float(all(alike)), dtype=torch.float64)
+    smaller, larger = sorted([float(spread_a), float(spread_b)])
+    if larger < 2 * _ALL_ALIKE:
+        return torch.ones((), dtype=torch.float64)
+    if smaller < _ALL_ALIKE / 2:
+        return torch.zeros((), dtype=torch.float64)
     return (a * b).mean() / (spread_a * spread_b)
 
 
@@ -108,7 +110,8 @@ class TokenSums:
         }
         self._add(figures)
         if len(terms.ratio):
-            largest = torch.log(terms.ratio).abs().max()
+            # Not the logarithm of the ratio, which is 0 or clamped where they are far apart.
+            largest = terms.log_ratio.abs().max()
             self.ratio_max = torch.maximum(self.ratio_max, terms.ratio.max())
             self.log_ratio_max = torch.maximum(self.log_ratio_max, largest)
 

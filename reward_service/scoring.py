@@ -8,11 +8,12 @@ Nothing is ever made up for what could not be scored.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from actors.trajectory import SampleFailure, Trajectory
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 Result = tuple[Trajectory, Score] | SampleFailure
 
+LOOK_UP_S = 0.5
+"""How often somebody who waits for a score looks whether the run is to stop."""
+
 
 def score_stream(
     reward: Reward,
@@ -31,6 +35,7 @@ def score_stream(
     *,
     batch: int = 32,
     retry: RetryConfig | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Result]:
     """Score samples while later ones are still being generated.
 
@@ -38,32 +43,25 @@ def score_stream(
     background thread that calls ``reward``. Yields each sample exactly once, in no particular
     order; failures of generation pass through. Nothing runs on after the iterator is closed.
 
+    Args:
+        stop: Looked at while scores are awaited; when it is true the iterator ends early.
+
     Raises:
-        RuntimeError: No sample could be scored, with the first reason.
         RewardUnavailable: The reward could not be reached within ``retry.unreachable_s``.
         Whatever else ``samples`` or ``reward`` raise.
     """
-    scored = failed = 0
-    first_reason = ""
     scorer = _BackgroundScorer(reward, retry or RetryConfig())
     try:
-        for result in _through(scorer, samples, batch):
-            if not isinstance(result, SampleFailure):
-                scored += 1
-            elif result.stage == "scoring":
-                failed += 1
-                first_reason = first_reason or result.reason
-            yield result
+        yield from _through(scorer, samples, batch, stop)
     finally:
         scorer.stop()
-    if failed and not scored:
-        raise RuntimeError(
-            f"not one of {failed} samples could be scored; the first: {first_reason}"
-        )
 
 
 def _through(
-    scorer: _BackgroundScorer, samples: Iterable[Trajectory | SampleFailure], batch: int
+    scorer: _BackgroundScorer,
+    samples: Iterable[Trajectory | SampleFailure],
+    batch: int,
+    stop: Callable[[], bool],
 ) -> Iterator[Result]:
     waiting: list[Trajectory] = []
     for sample in samples:
@@ -77,7 +75,7 @@ def _through(
         yield from scorer.finished()
     if waiting:
         scorer.submit(waiting)
-    yield from scorer.drain()
+    yield from scorer.drain(stop)
 
 
 @dataclass(kw_only=True)
@@ -121,9 +119,10 @@ class _BackgroundScorer:
         while self._pending and not self._results.empty():
             yield from self._next()
 
-    def drain(self) -> Iterator[Result]:
-        while self._pending:
-            yield from self._next()
+    def drain(self, stop: Callable[[], bool]) -> Iterator[Result]:
+        while self._pending and not stop():
+            with contextlib.suppress(queue.Empty):
+                yield from self._next(timeout=LOOK_UP_S)
 
     def stop(self) -> None:
         """Drop what has not been started and wait for what has."""
@@ -131,8 +130,8 @@ class _BackgroundScorer:
         self._submitted.put(None)
         self._thread.join()
 
-    def _next(self) -> list[Result]:
-        results = self._results.get()
+    def _next(self, timeout: float | None = None) -> list[Result]:
+        results = self._results.get(timeout=timeout)
         if self._error is not None:
             raise self._error
         self._pending -= len(results)
@@ -178,7 +177,8 @@ class _BackgroundScorer:
                         "go on with --resume when it runs again"
                     ) from error
                 logger.warning("scoring failed and is tried again in %.1f s: %s", pause, error)
-                self._stopped.wait(pause)
+                if self._stopped.wait(pause):
+                    raise
 
     def _settled(self, batch: _Batch, results: Sequence[Scored]) -> list[Result]:
         """What is final; the rest of the batch rests before it is scored again."""

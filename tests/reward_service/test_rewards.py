@@ -291,10 +291,25 @@ def test_an_abandoned_stream_leaves_no_thread(trajectory) -> None:
     assert len(reward.calls) < 100
 
 
-def test_when_nothing_can_be_scored_the_stream_says_so(trajectory) -> None:
+def test_when_nothing_can_be_scored_every_sample_says_why(trajectory) -> None:
+    """Whether that is too much for a step is for the step to say, not for one of its rounds."""
     samples = (trajectory(number=n) for n in range(3))
-    with pytest.raises(RuntimeError, match=r"not one of 3 samples .* KeyError: 'label'"):
-        list(score_stream(FunctionReward("my_rewards:always_raises"), samples))
+    retry = RetryConfig(max_retries=0)
+    failures = list(score_stream(FunctionReward("my_rewards:always_raises"), samples, retry=retry))
+    assert len(failures) == 3
+    assert all("KeyError: 'label'" in failure.reason for failure in failures)
+
+
+def test_somebody_who_asks_to_stop_need_not_wait_for_a_server_that_is_gone(trajectory) -> None:
+    class Gone:
+        def score(self, trajectories):
+            raise RewardUnavailable("nobody answers")
+
+    asked = iter([False, False, True])
+    retry = RetryConfig(pause_s=60.0, max_pause_s=60.0, unreachable_s=600.0)
+    stream = score_stream(Gone(), [trajectory()], retry=retry, stop=lambda: next(asked))
+    assert list(stream) == []  # the timeout of the test is far below the pause
+    assert all(t.name != "scoring" for t in threading.enumerate())
 
 
 def test_a_reward_that_loses_samples_is_named(trajectory) -> None:
