@@ -198,6 +198,8 @@ def write_config(config: RunConfig, path: Path) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory: give a YAML file with --config")
     if not path.is_file():
         raise FileNotFoundError(
             f"no configuration file at {path}: give an existing YAML file with --config "
@@ -251,7 +253,9 @@ def _sentence(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+        parents = ".".join(str(part) for part in error["loc"][:-1])
+        full = f"{parents}.{near[0]}" if parents and near else "".join(near)
+        hint = f"did you mean {full!r}?" if near else f"known keys: {', '.join(known)}"
         return f"{where}: unknown key; {hint}"
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}"

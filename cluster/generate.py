@@ -8,15 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from actors.config import DataConfig, EngineConfig, RolloutConfig, SamplingConfig
 from actors.datasets import RawPrompt, load_prompts
-from actors.prompts import tokenize_prompts
 from actors.trajectory import Message, SampleFailure, Trajectory
 from cluster.config import RunConfig
 from cluster.progress import Reporter
-from cluster.session import Session
 from cluster.stop import Stopped, StopRequest
 from cluster.text_statistics import distinct_n
 
@@ -61,6 +57,13 @@ def generate_texts(
         rollout=RolloutConfig(engine=EngineConfig.model_validate({"dtype": dtype})),
     )
     reporter = Reporter()
+    reporter.say("starting vLLM")
+    # Only now: what is wrong with the arguments is said without waiting for these.
+    from transformers import AutoTokenizer
+
+    from actors.prompts import tokenize_prompts
+    from cluster.session import Session
+
     stop = StopRequest(reporter.say)
     written = []
     with Session(config, reporter, stop) as session:

@@ -184,6 +184,8 @@ class Pipeline:
                 for name in OUTPUTS[stage]:
                     _remove(directory / name)
             _write_stages(directory, done)
+        elif self._resume and not existing:
+            self._reporter.say(f"no earlier run in {directory}: starting anew")
         elif existing and not self._resume:
             raise FileExistsError(
                 f"{directory} already holds {', '.join(existing)}: go on with --resume, start "

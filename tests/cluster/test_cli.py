@@ -47,7 +47,7 @@ def test_help_needs_no_torch_or_ray() -> None:
     ("arguments", "message"),
     [
         (["ppo", "--config", "none.yaml"], "no configuration file at none.yaml"),
-        (["ppo", "--config", "c.yaml", "ppo.stepss=3"], "did you mean 'steps'"),
+        (["ppo", "--config", "c.yaml", "ppo.stepss=3"], "did you mean 'ppo.steps'"),
         (["ppo", "--config", "c.yaml"], "no `ppo` section"),
         (["generate", "--model", "nowhere", "--prompt", "x"], "no model at nowhere"),
         (["quickstart", "ppo.steps=none"], "ppo.steps"),

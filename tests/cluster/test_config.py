@@ -24,7 +24,7 @@ ADVANTAGE_EXAMPLES = re.findall(
     ("values", "message"),
     [
         ({"pppo": {}}, "pppo: unknown key; did you mean 'ppo'?"),
-        ({"ppo": {"step": 3}}, "ppo.step: unknown key; did you mean 'steps'?"),
+        ({"ppo": {"step": 3}}, "ppo.step: unknown key; did you mean 'ppo.steps'?"),
         ({"rollout": {"engine": {"zzz": 1}}}, "rollout.engine.zzz: unknown key; known keys: dtype"),
         ({"reward": {"terms": [{"name": "a"}]}}, "needs exactly one of model, models, url"),
         ({"ppo": {"steps": 0}}, r"ppo.steps: input should be greater than or equal to 1 \(got 0\)"),
