@@ -182,19 +182,30 @@ class Generation:
             return
         stream.heard = time.monotonic()
         for outcome in outcomes:
+            if isinstance(outcome, Refused) and outcome.engine_lost:
+                self._lose(worker, outcome.reason)  # with all that it has in flight
+                continue
             sample = stream.samples.pop(outcome.request_id)
             if isinstance(outcome, Refused):
-                yield from self._retry(sample, outcome.reason, rest=not outcome.engine_lost)
-                if outcome.engine_lost and worker.state is not State.DEAD:
-                    self._fleet.lose(worker, outcome.reason)
+                yield from self._retry(sample, outcome.reason, rest=True)
             else:
-                yield from self._finish(sample, outcome)
+                yield from self._finish(sample, outcome, worker)
         if worker.state is State.DEAD:
             yield from self._recover(worker)
 
-    def _finish(self, sample: _Sample, completion: Completion) -> Iterator[Record]:
+    def _lose(self, worker: Worker, reason: str) -> None:
+        if worker.state is not State.DEAD:
+            self._fleet.lose(worker, reason)
+
+    def _finish(self, sample: _Sample, completion: Completion, worker: Worker) -> Iterator[Record]:
         try:
             require_version(completion, self._fleet.version)
+        except ValueError as error:
+            # It has other weights than it confirmed: it starts anew, with the current ones.
+            self._lose(worker, f"{worker.name}: {error}")
+            yield from self._retry(sample, str(error), rest=False)
+            return
+        try:
             trajectory = Trajectory(
                 prompt=sample.prompt,
                 sample_index=sample.index,
@@ -229,11 +240,19 @@ class Generation:
         )
 
     def _recover(self, worker: Worker) -> Iterator[SampleFailure]:
-        """Retry everything that a lost worker had in flight."""
-        for stream in [s for s in self._streams if s.worker is worker]:
-            self._streams.remove(stream)
-            for sample in stream.samples.values():
-                yield from self._retry(sample, worker.reason, rest=False)
+        """Queue again what a lost worker had in flight.
+
+        Engines begin requests in the order in which they come, so only the first
+        ``max_num_seqs`` can have been running; what merely waited behind them is not charged
+        with the loss.
+        """
+        streams = [s for s in self._streams if s.worker is worker]
+        self._streams = [s for s in self._streams if s.worker is not worker]
+        unfinished = [sample for stream in streams for sample in stream.samples.values()]
+        running = self._config.engine.max_num_seqs
+        self._queue.extendleft(reversed(unfinished[running:]))
+        for sample in reversed(unfinished[:running]):  # each goes to the front
+            yield from self._retry(sample, worker.reason, rest=False)
 
     def _hangs(self, stream: _Stream) -> bool:
         """Whether a stream has been silent for too long; its worker is then lost."""
