@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cluster.cli_feedback import feedback
+from cluster.cli_machine import bench, doctor
 from cluster.cli_serve import serve
 
 if TYPE_CHECKING:
-    from cluster.config import RunConfig
     from cluster.pipeline import Pipeline
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 96}
@@ -164,6 +164,11 @@ def quickstart(
     A small language model is trained on a generated newswire, asked to continue headlines,
     judged by simulated judges, and improved by PPO with vLLM, Ray Serve and RLlib. Ends with
     three figures and one HTML page.
+
+    \b
+    rlhf quickstart
+    rlhf quickstart --language zh --run-dir runs/chinese
+    rlhf quickstart --seed 1 ppo.kl.coef=0.2
     """
     from cluster.config import override_config
     from cluster.presets import quickstart_config
@@ -178,7 +183,14 @@ def quickstart(
 
 @stage_command("run")
 def run(**options: Any) -> None:
-    """All stages that a configuration has sections for, one after the other."""
+    """All stages that a configuration has sections for, one after the other.
+
+    Stopped anywhere, --resume goes on there: finished stages are kept.
+
+    \b
+    rlhf run --config configs/length_diversity.yaml
+    rlhf run --config mine.yaml --resume
+    """
     open_pipeline(**options).run()
 
 
@@ -188,6 +200,10 @@ def pretrain(**options: Any) -> None:
 
     Reads data.corpus (or the generated newswire); writes RUN_DIR/base, a plain Hugging Face
     directory.
+
+    \b
+    rlhf pretrain --config mine.yaml
+    rlhf pretrain --config mine.yaml pretrain.epochs=2
     """
     open_pipeline(**options).run(only="pretrain")
 
@@ -197,6 +213,10 @@ def sft(**options: Any) -> None:
     """Fine-tune on prompt and response pairs; only the response is trained.
 
     Reads data.sft; starts from RUN_DIR/base or from `model`; writes RUN_DIR/sft.
+
+    \b
+    rlhf sft --config mine.yaml
+    rlhf sft --config mine.yaml model=/models/my-base sft.epochs=1
     """
     open_pipeline(**options).run(only="sft")
 
@@ -219,8 +239,9 @@ def collect(
     The rollout actors write two candidates a prompt, judges compare them, and every judgement
     goes into RUN_DIR/feedback.sqlite. Agreement between the judges is reported.
 
-    \b
     With collect.source=people, people judge in a browser. Two commands work together:
+
+    \b
       rlhf collect --config FILE        writes the candidates, then waits for the answers
       rlhf collect --serve --run DIR    serves the page, and outlives everything else
     """
@@ -250,6 +271,10 @@ def reward(labels: str | None, **options: Any) -> None:
     and the prefer-the-longer-text baseline. With --labels it writes RUN_DIR/moderation, whose
     score is the probability that a text is flagged: as a reward term with a negative weight it is
     a penalty.
+
+    \b
+    rlhf reward --config mine.yaml
+    rlhf reward --config configs/moderation.yaml --labels labelled.jsonl
     """
     if labels is not None:
         open_pipeline(**options).train_moderation(labels)
@@ -262,6 +287,10 @@ def ppo(**options: Any) -> None:
     """Improve the policy with PPO against the reward.
 
     Ctrl-C saves a checkpoint and ends; --resume goes on from the last one.
+
+    \b
+    rlhf ppo --config mine.yaml ppo.steps=200
+    rlhf ppo --config mine.yaml --resume
     """
     open_pipeline(**options).run(only="ppo")
 
@@ -280,6 +309,10 @@ def evaluate(models: tuple[str, ...], **options: Any) -> None:
 
     Reward, KL to the first one, win rate with a confidence interval, true quality where the data
     has it, length, distinct-n, self-BLEU and EOS rate. Writes RUN_DIR/evaluation.json.
+
+    \b
+    rlhf evaluate --config mine.yaml
+    rlhf evaluate --config mine.yaml --model sft=runs/a/sft --model a=runs/a/ppo/final
     """
     chosen: dict[str, Path] = {}
     for model in models:
@@ -298,6 +331,9 @@ def loop(rounds: int | None, config: Path, resume: bool, overwrite: bool, overri
     Base model and fine-tuning come first, once, where they are configured. Each round starts from
     the policy that the one before left, has its own directory and report (RUN_DIR/round-01, ...),
     and learns from all judgements so far. Stopped anywhere, --resume goes on there.
+
+    \b
+    rlhf loop --config mine.yaml --rounds 3
     """
     if overwrite:
         raise click.UsageError("rounds are not overwritten: give another run_dir, or --resume")
@@ -314,8 +350,13 @@ def loop(rounds: int | None, config: Path, resume: bool, overwrite: bool, overri
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    required=True,
-    help="Hugging Face directory of the model.",
+    help="Hugging Face directory of the model; with --run, by default RUN_DIR/ppo/final.",
+)
+@click.option(
+    "--run",
+    "run_dir",
+    type=click.Path(path_type=Path),
+    help="Continue the prompts that this run keeps for evaluation.",
 )
 @click.option("--prompt", "prompts", multiple=True, help="A prompt; repeat it for several.")
 @click.option(
@@ -324,7 +365,7 @@ def loop(rounds: int | None, config: Path, resume: bool, overwrite: bool, overri
     type=click.Path(path_type=Path),
     help="File of prompts (JSONL, Parquet or CSV with a field `prompt`).",
 )
-@click.option("--limit", type=click.IntRange(1), help="Use at most so many prompts of the file.")
+@click.option("--limit", type=click.IntRange(1), help="Use at most so many of these prompts.")
 @click.option("--max-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True)
 @click.option(
@@ -348,6 +389,10 @@ def generate(**options: Any) -> None:
 
     The same seed gives the same texts, however many are asked for at once. A last line on
     standard error gives length and diversity.
+
+    \b
+    rlhf generate --run runs/quickstart --limit 3
+    rlhf generate --model runs/quickstart/sft --prompt "Storm floods the harbour of Riverton"
     """
     from cluster.generate import generate_texts
 
@@ -364,95 +409,17 @@ def report(run_dir: Path) -> None:
 
     Works on any run directory, finished or not: a part that is missing names the command that
     makes it. The page loads nothing from elsewhere, so it can be mailed.
+
+    \b
+    rlhf report runs/quickstart
     """
     from cluster.report import write_report
 
     click.echo(str(write_report(run_dir)))
 
 
-@main.command("doctor")
-@click.option(
-    "--config",
-    "-c",
-    type=click.Path(path_type=Path),
-    help="Also check what this configuration needs; with --drift, try its engine and learners.",
-)
-@click.option(
-    "--drift", is_flag=True, help="Run the drift gate instead: PPO that must change nothing."
-)
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    help="With --drift: the model to try; default: the policy model of --config.",
-)
-@click.option(
-    "--steps",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="With --drift: PPO steps to take.",
-)
-@click.option(
-    "--json", "as_json", is_flag=True, help="With --drift: one JSON line on standard output."
-)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-def doctor(
-    config: Path | None,
-    drift: bool,
-    model: Path | None,
-    steps: int,
-    as_json: bool,
-    overrides: tuple[str, ...],
-) -> None:
-    """Say whether this machine can run it: packages, cores, memory, ports, accelerators.
-
-    With a configuration it also estimates the memory that its processes will need at their peak.
-
-    With --drift it proves instead that the parts agree: real PPO steps at learning rate zero must
-    leave the policy bit-identical, with the ratio at exactly 1 and the KL at exactly 0, and the
-    engine's log-probabilities must be the learner's. If they are not, one setting after the other
-    is changed, and the one that is to blame is named.
-
-    \b
-    rlhf doctor --drift --model runs/quickstart/sft
-    rlhf doctor --drift --config my.yaml rollout.engine.dtype=bfloat16
-
-    Exit status 1 when something must be mended first.
-    """
-    loaded: RunConfig | None = None
-    if not drift and (model is not None or as_json):
-        raise click.UsageError("--model and --json belong to --drift")
-    if config is not None:
-        from cluster.config import load_config
-
-        loaded = load_config(config, overrides)
-    if drift:
-        from cluster.drift import run_drift_gate
-
-        sys.exit(0 if run_drift_gate(loaded, model, steps=steps, as_json=as_json) else 1)
-    from cluster.doctor import examine, print_findings
-
-    sys.exit(0 if print_findings(examine(loaded)) else 1)
-
-
-@main.command("bench")
-@click.argument("what", type=click.Choice(["ppo", "weights", "start", "reward"]))
-@click.option("--json", "as_json", is_flag=True, help="Only one JSON line on standard output.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-def bench(what: str, as_json: bool, repeats: int) -> None:
-    """Measure this system against its own floor, in one run.
-
-    \b
-    ppo      one PPO iteration / bare vLLM generation + bare torch learning
-    weights  one verified weight update / copying the same bytes
-    start    from the start of a PPO run to its first finished sample
-    reward   scoring over HTTP / bare torch on the same batch, and 32 callers at once
-    """
-    from cluster.bench import run_benchmark
-
-    run_benchmark(what, as_json=as_json, repeats=repeats)
-
-
+main.add_command(doctor)
+main.add_command(bench)
 main.add_command(feedback)
 
 

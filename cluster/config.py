@@ -169,15 +169,18 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), **defaults: An
         values |= _read_yaml(path)
     for override in overrides:
         _set(values, override)
-    return build_config(values, source=str(path) if path else "the command line")
+    source = str(path) if path else "the command line"
+    return build_config(values, source=source, overrides=overrides)
 
 
-def build_config(values: Mapping[str, Any], source: str) -> RunConfig:
-    """Validate; turn pydantic's errors into sentences."""
+def build_config(
+    values: Mapping[str, Any], source: str, overrides: Sequence[str] = ()
+) -> RunConfig:
+    """Validate; turn pydantic's errors into sentences that name the override they come from."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(f"  {_sentence(e)}" for e in error.errors())
+        problems = "\n".join(f"  {_sentence(e, overrides)}" for e in error.errors())
         raise ValueError(f"{source}: the configuration is not valid:\n{problems}") from None
 
 
@@ -186,7 +189,7 @@ def override_config(config: RunConfig, overrides: Sequence[str], source: str) ->
     values = config.model_dump(mode="json", exclude_unset=False)
     for override in overrides:
         _set(values, override)
-    return build_config(values, source=source)
+    return build_config(values, source=source, overrides=overrides)
 
 
 def write_config(config: RunConfig, path: Path) -> None:
@@ -248,19 +251,47 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from None
 
 
-def _sentence(error: Any) -> str:
+_WORDS = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "finite_number": "must be finite",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "path_type": "must be a path",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a section of keys and values",
+    "model_type": "must be a section of keys and values",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+}
+"""What is wrong, by pydantic's type of error; others keep pydantic's own message."""
+
+
+def _sentence(error: Any, overrides: Sequence[str]) -> str:
     where = ".".join(str(part) for part in error["loc"]) or "the configuration"
+    origin = next((o for o in reversed(overrides) if where.startswith(o.partition("=")[0])), "")
+    origin = f" (set by the override {origin!r})" if origin else ""
     if error["type"] == "extra_forbidden":
         known = _fields_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
         parents = ".".join(str(part) for part in error["loc"][:-1])
         full = f"{parents}.{near[0]}" if parents and near else "".join(near)
         hint = f"did you mean {full!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where}: unknown key; {hint}"
+        return f"{where}: unknown key; {hint}{origin}"
     if error["type"] == "value_error":
-        return f"{where}: {error['ctx']['error']}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{where}: {message} (got {error['input']!r})"
+        return f"{where}: {error['ctx']['error']}{origin}"
+    if error["type"] == "missing":
+        return f"{where}: is missing{origin}"
+    message = _WORDS.get(error["type"], error["msg"][0].lower() + error["msg"][1:])
+    return f"{where}: {message.format(**error.get('ctx', {}))}, not {error['input']!r}{origin}"
 
 
 def _fields_at(location: Sequence[str | int]) -> list[str]:

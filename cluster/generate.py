@@ -11,7 +11,8 @@ from pathlib import Path
 from actors.config import DataConfig, EngineConfig, RolloutConfig, SamplingConfig
 from actors.datasets import RawPrompt, load_prompts
 from actors.trajectory import Message, SampleFailure, Trajectory
-from cluster.config import RunConfig
+from cluster.config import RunConfig, load_config
+from cluster.data import RunData
 from cluster.progress import Reporter
 from cluster.stop import Stopped, StopRequest
 from cluster.text_statistics import distinct_n
@@ -19,7 +20,8 @@ from cluster.text_statistics import distinct_n
 
 def generate_texts(
     *,
-    model: Path,
+    model: Path | None,
+    run_dir: Path | None,
     prompts: Sequence[str],
     prompts_file: Path | None,
     limit: int | None,
@@ -36,6 +38,10 @@ def generate_texts(
         FileNotFoundError: The model or the file of prompts is not there.
         ValueError: No prompt at all, or one that is longer than the context.
     """
+    if model is None:
+        if run_dir is None:
+            raise ValueError("no model: give --model DIR, or --run RUN_DIR for a run's policy")
+        model = run_dir / "ppo" / "final"
     if not (model / "config.json").is_file():
         raise FileNotFoundError(
             f"no model at {model}: give a Hugging Face directory (one with config.json)"
@@ -44,8 +50,15 @@ def generate_texts(
     raw = [_raw_prompt(i, text, chat) for i, text in enumerate(prompts)]
     if prompts_file is not None:
         raw += load_prompts(str(prompts_file), data)
+    if run_dir is not None:
+        config = load_config(run_dir / "config.yaml")
+        # Put through the chat template as the run does.
+        data = data.model_copy(update={"chat_template": config.data.chat_template})
+        raw += RunData(config).held_out_prompts()[:limit]
     if not raw:
-        raise ValueError("nothing to write about: give --prompt TEXT or --prompts FILE")
+        raise ValueError(
+            "nothing to write about: give --prompt TEXT, --prompts FILE or --run RUN_DIR"
+        )
     config = RunConfig(
         run_dir=model,
         model=str(model),

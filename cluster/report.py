@@ -54,9 +54,15 @@ def write_report(run_dir: Path) -> Path:
     """Writes ``report.html`` into the run directory, in one atomic replacement.
 
     Raises:
-        FileNotFoundError: There is no such directory.
+        FileNotFoundError: There is no such directory, or no run in it.
     """
-    page = render(read_run(run_dir))
+    run = read_run(run_dir)
+    if run.is_empty:
+        raise FileNotFoundError(
+            f"{run_dir} is not a run directory, or nothing has run in it yet: give the run_dir of a"
+            " configuration, such as runs/quickstart"
+        )
+    page = render(run)
     path = run_dir / FILE_NAME
     temporary = path.with_suffix(".html.part")
     # Neither a lone surrogate nor a control character in a model's output may cost the page.

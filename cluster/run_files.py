@@ -72,6 +72,13 @@ class RunFiles:
     """Weights of the policy."""
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the directory holds nothing of a run, not even something unreadable."""
+        parts = (self.config_text, self.stages, self.metrics, self.samples, self.problems)
+        records = (self.feedback, self.reward_model, self.evaluation)
+        return not any(parts) and all(record is None for record in records)
+
     def setting(self, path: str) -> Any:
         """A value of the configuration by ``section.key``, or ``None``."""
         node: Any = self.config

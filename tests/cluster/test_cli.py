@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ def test_help_teaches_without_heavy_imports(command: str) -> None:
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0
     assert len(result.output.splitlines()) > 8
+    assert re.search(r"^  +(rlhf|curl) ", result.output, re.MULTILINE), "no example"
 
 
 def test_help_needs_no_torch_or_ray() -> None:
@@ -49,7 +51,14 @@ def test_help_needs_no_torch_or_ray() -> None:
         (["ppo", "--config", "none.yaml"], "no configuration file at none.yaml"),
         (["ppo", "--config", "c.yaml", "ppo.stepss=3"], "did you mean 'ppo.steps'"),
         (["ppo", "--config", "c.yaml"], "no `ppo` section"),
+        (
+            ["ppo", "--config", "c.yaml", "ppo.steps=many"],
+            "ppo.steps: must be a whole number, not 'many' (set by the override 'ppo.steps=many')",
+        ),
         (["generate", "--model", "nowhere", "--prompt", "x"], "no model at nowhere"),
+        (["generate", "--prompt", "x"], "no model: give --model DIR"),
+        (["generate", "--run", "runs/x"], "no model at runs/x/ppo/final"),
+        (["report", "."], ". is not a run directory"),
         (["quickstart", "ppo.steps=none"], "ppo.steps"),
     ],
 )

@@ -27,7 +27,7 @@ ADVANTAGE_EXAMPLES = re.findall(
         ({"ppo": {"step": 3}}, "ppo.step: unknown key; did you mean 'ppo.steps'?"),
         ({"rollout": {"engine": {"zzz": 1}}}, "rollout.engine.zzz: unknown key; known keys: dtype"),
         ({"reward": {"terms": [{"name": "a"}]}}, "needs exactly one of model, models, url"),
-        ({"ppo": {"steps": 0}}, r"ppo.steps: input should be greater than or equal to 1 \(got 0\)"),
+        ({"ppo": {"steps": 0}}, r"ppo.steps: must be at least 1, not 0"),
         ({"ppo": {}, "sampling": {"temperature": 0}}, "temperature is 0"),
         ({"ppo": {"prompts_per_step": 2, "minibatches": 4}}, "a step has only 2 samples"),
         ({"ppo": {"kl": {"where": "loss"}}}, "biased gradient"),

@@ -151,16 +151,23 @@ def test_writing_again_gives_the_same_bytes(finished_run: Path, finished_source:
     assert not list(finished_run.glob("*.part"))
 
 
-def test_an_empty_directory_says_what_to_do(tmp_path: Path) -> None:
+def test_a_run_that_has_not_begun_says_what_to_do(tmp_path: Path) -> None:
+    sections = ("pretrain", "sft", "collect", "reward_model", "ppo")
+    text = "".join(f"{section}: {{}}\n" for section in sections)
+    (tmp_path / "config.yaml").write_text(f"run_dir: runs/x\n{text}", encoding="utf-8")
     page = page_of(tmp_path)
     assert "Nothing has run in this directory yet." in page.text
     for command in ("rlhf evaluate", "rlhf ppo", "rlhf collect", "rlhf pretrain", "rlhf sft"):
-        assert f"{command} --config YOUR_CONFIG.yaml" in page.text
+        assert f"{command} --config" in page.text
 
 
-def test_no_directory_is_an_error(tmp_path: Path) -> None:
+def test_what_is_no_run_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such run directory"):
         write_report(tmp_path / "nowhere")
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(FileNotFoundError, match=r"is not a run directory, or nothing has run"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
 PARTS = ["config.yaml", "stages.json", "base", "sft", "reward_model", "feedback.json", "ppo",
