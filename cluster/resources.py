@@ -55,6 +55,9 @@ def ray_session(config: RunConfig) -> Iterator[bool]:
         # Ray turns token authentication on for what it starts, unless RAY_AUTH_MODE says
         # otherwise; that is what we want, not news.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        # On a busy machine Serve's proxy needs longer than the five seconds after which its
+        # controller would replace it, again and again.
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         _give_token_without_home()
         ray.init(**_init_arguments(cluster, demand(config, learners=True)["CPU"]))
     try:

@@ -32,7 +32,7 @@ MARK = "RLHF_TEST_RUN"
 """Environment variable by which the processes of a run are found, whoever their parent is now."""
 
 STEPS = 10
-START_S = 400.0
+START_S = 900.0
 GONE_S = 120.0
 """Ray's agents try for up to a minute to report that their raylet died, to a GCS that died too."""
 
