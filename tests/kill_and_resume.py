@@ -147,6 +147,7 @@ def main() -> None:
     references = {kind: place.reference(kind) for kind in KINDS}
     rng = random.Random(options.seed)
     same = orphans = 0
+    earlier: list[Run] = []
     for number in range(options.kills):
         kind = list(KINDS)[number % len(KINDS)]
         reference, step_s = references[kind]
@@ -159,17 +160,26 @@ def main() -> None:
         written = (run.run_dir / "ppo" / "metrics.jsonl").read_bytes().count(b"\n")
         resumed = Run(config, resume=True)
         resumed.finish()
-        left = [*run.left(), *resumed.left()]
         wrong = differences(reference, run.run_dir)
         same += not wrong
-        orphans += len(left)
         print(
             f"kill {number + 1}: {kind}, {pause * 1000:.0f} ms after line {lines} ({written} "
-            f"written); left: {left or 'none'}; {wrong or 'the same bits'}",
+            f"written): {wrong or 'the same bits'}",
             flush=True,
         )
+        orphans += report_left(earlier)  # they had this whole kill's time to go
+        earlier = [run, resumed]
+    orphans += report_left(earlier)
     print(f"{same} of {options.kills} results bit-identical, {orphans} processes left behind")
     sys.exit(same < options.kills or orphans > 0)
+
+
+def report_left(runs: list[Run]) -> int:
+    """Print the processes that runs have left behind; returns their number."""
+    left = [name for run in runs for name in run.left()]
+    if left:
+        print(f"{runs[0].run_dir} left {left}", flush=True)
+    return len(left)
 
 
 if __name__ == "__main__":
