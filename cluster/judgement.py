@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -190,11 +190,19 @@ def _seed(work: Workplace, config: CollectConfig) -> int:
 
 
 def from_demonstrations(work: Workplace, config: CollectConfig) -> dict[str, Any]:
-    """The real response against a sample, and against the real response to another prompt."""
-    demonstrations = draw(work.data.demonstrations(), config.pairs, work.config.seed)
+    """The real response against a sample, and against the real response to another prompt.
+
+    Both halves are made such that length says little: only responses that the policy has room to
+    write, and another prompt's response that is about as long.
+    """
+    writable = responses_within(work, work.data.demonstrations())
+    demonstrations = draw(writable, config.pairs, work.config.seed)
     half = len(demonstrations) // 2
     if not half:
-        raise ValueError("collect.source demonstrations needs at least two pairs in data.sft")
+        raise ValueError(
+            "collect.source demonstrations needs at least two pairs in data.sft whose response has"
+            f" fewer than sampling.max_new_tokens ({work.config.sampling.max_new_tokens}) tokens"
+        )
     prompts = [
         RawPrompt(prompt_id=d.example_id, text=d.prompt, messages=d.messages)
         for d in demonstrations[:half]
@@ -221,15 +229,34 @@ def from_demonstrations(work: Workplace, config: CollectConfig) -> dict[str, Any
         for t in sample(work, prompts, config, samples_per_prompt=1)
         if t.response_text != real[t.prompt.prompt_id].response
     ]
-    others = demonstrations[half:]
     comparisons += [
-        preferred(d, other.response, "shuffled")
-        for d, other in zip(others, [*others[1:], others[0]], strict=True)
-        if other.response != d.response
+        preferred(d, other, "shuffled") for d, other in swapped_responses(demonstrations[half:])
     ]
     with open_store(work.config) as store:
         store.add_comparisons(comparisons)
     return agreement_report(comparisons, seed=work.config.seed)
+
+
+def responses_within(
+    work: Workplace, demonstrations: Sequence[Demonstration]
+) -> list[Demonstration]:
+    """Those that the policy can write, end included, within ``sampling.max_new_tokens``."""
+    tokenizer = AutoTokenizer.from_pretrained(work.config.policy_model)
+    texts = [d.response for d in demonstrations]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    limit = work.config.sampling.max_new_tokens
+    return [d for d, found in zip(demonstrations, ids, strict=True) if len(found) < limit]
+
+
+def swapped_responses(
+    demonstrations: Sequence[Demonstration],
+) -> Iterator[tuple[Demonstration, str]]:
+    """Each with the response to another prompt: neighbours in length (in characters) swap."""
+    by_length = sorted(demonstrations, key=lambda d: (len(d.response), d.example_id))
+    for first, second in zip(by_length[::2], by_length[1::2], strict=False):
+        if first.response != second.response:
+            yield first, second.response
+            yield second, first.response
 
 
 def from_preferences(work: Workplace, config: CollectConfig) -> dict[str, Any]:
