@@ -208,7 +208,8 @@ CRITIC = (
         meaning="Share of tokens whose value update was clipped.",
         high=0.5,
         patience=5,
-        remedy="Returns are large beside `ppo.value_clip`: normalise the reward, or raise it.",
+        remedy="Returns are large beside `ppo.value_clip`: set `ppo.normalize_scores`, or raise"
+        " the clip.",
     ),
 )
 
@@ -232,7 +233,7 @@ OPTIMIZER = (
         meaning="Gradient norm of the critic before clipping, mean over optimizer steps.",
         high=100.0,
         patience=3,
-        remedy="Rewards are large: normalise them or lower `ppo.score_clip`; lower"
+        remedy="Rewards are large: set `ppo.normalize_scores` or lower `ppo.score_clip`; lower"
         " `ppo.critic.learning_rate`.",
     ),
     Metric(

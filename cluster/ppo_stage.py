@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cluster.step import Sample, failure_row, probe_sequences, sample_row
 from cluster.step_lines import StepLines
 from cluster.stop import Stopped
 from cluster.train import train
+from learner.batch import ScoreScale
 from learner.config import PPOConfig
 from learner.group import PPOLearners
 from reward_service.statistics import drift
@@ -39,6 +41,7 @@ class PPOLog:
         inputs: Digests of the models that the run reads.
         references: The scores that each reward model was normalised on, as quantiles.
         next_step: Step to go on with, counted from 0; lines of it and later ones are cut.
+        scale: Of the scores, when a checkpoint has it.
     """
 
     def __init__(
@@ -50,11 +53,13 @@ class PPOLog:
         store: CheckpointStore,
         inputs: Mapping[str, str],
         next_step: int,
+        scale: ScoreScale | None,
         references: Mapping[str, Sequence[float]],
         watch: Watch,
         warn: Callable[[str], None],
     ) -> None:
         self.next_step = next_step
+        self.scale = scale
         self._watch = watch
         self._warn = warn
         self._references = references
@@ -95,7 +100,12 @@ class PPOLog:
             self._writer.sync()
             self._quarantine.sync()
             # The probe, so that a resumed run hands its engines the very same update.
-            state = {"probe": self._probe, "inputs": dict(self._inputs)}
+            assert self.scale is not None, "a finished step has scores"
+            state = {
+                "probe": self._probe,
+                "inputs": dict(self._inputs),
+                "score_scale": asdict(self.scale),
+            }
             self._store.save(self.next_step, state, self._learners.save, self._metrics)
 
     def close(self) -> None:
@@ -156,8 +166,9 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
     parts = work.session.parts(policy, config.reward_terms, lambda: make_learners(work))
     rollouts, learners = parts.rollouts, parts.learners
     rollouts.check_prompts(prompts)
-    start = 0
+    start, scale = 0, None
     if checkpoint is not None:
+        scale = ScoreScale(**checkpoint.state["score_scale"])
         learners.restore(checkpoint.path)
         start = checkpoint.step
         rollouts.load(learners.export_weights(start, checkpoint.state["probe"]))
@@ -178,6 +189,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
         store,
         inputs,
         start,
+        scale,
         references=work.session.score_references(),
         watch=watch,
         warn=work.reporter.warn,

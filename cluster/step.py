@@ -16,6 +16,7 @@ import numpy as np
 
 from actors.prompts import PromptStream
 from actors.trajectory import Prompt, SampleFailure, Trajectory
+from learner.batch import ScoreScale
 from learner.config import PPOConfig
 from learner.sample_filter import EXPLANATIONS, FilterReason, filter_reasons
 from reward_service.score import Score
@@ -71,11 +72,14 @@ class Step:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
-    def filter(self, config: PPOConfig) -> None:
+    @property
+    def scores(self) -> list[Score]:
+        """Of the samples that are trained on."""
+        return [sample.score for sample in self.samples]
+
+    def filter(self, config: PPOConfig, scale: ScoreScale) -> None:
         """Move the samples that ``config`` filters from ``samples`` to ``filtered``."""
-        reasons = filter_reasons(
-            [s.trajectory for s in self.samples], [s.score for s in self.samples], config
-        )
+        reasons = filter_reasons([s.trajectory for s in self.samples], self.scores, config, scale)
         judged = [replace(s, filtered=reasons.get(s.trajectory.sample_id)) for s in self.samples]
         self.samples = [sample for sample in judged if sample.filtered is None]
         self.filtered += [sample for sample in judged if sample.filtered is not None]

@@ -25,7 +25,7 @@ from cluster.step import (
     sample_ids,
     watched,
 )
-from learner.batch import build_batch
+from learner.batch import ScoreScale, build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
 from reward_service.config import RetryConfig
@@ -35,9 +35,15 @@ from reward_service.scoring import score_stream
 
 class TrainingLog(Protocol):
     """What the loop needs of a run: where to go on, and what to do with failures and with a
-    finished step."""
+    finished step.
+
+    Attributes:
+        next_step: Step to go on with, counted from 0.
+        scale: Of the run's scores; known from its first step on.
+    """
 
     next_step: int
+    scale: ScoreScale | None
 
     def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None: ...
 
@@ -51,6 +57,7 @@ class KeptSteps:
 
     def __init__(self) -> None:
         self.next_step = 0
+        self.scale: ScoreScale | None = None
         self.steps: list[Mapping[str, float]] = []
         self.samples: list[Sample] = []
 
@@ -105,16 +112,16 @@ def train(
                     collect(step, scored, measure, stop)
                     if stop():
                         return False
-                    step.filter(config)
+                    scale = log.scale or ScoreScale.of_first_step(step.scores, config)
+                    log.scale = scale
+                    step.filter(config, scale)
                     asked = step.replacements(prompts, number, config, sampling.samples_per_prompt)
             finally:
                 log.set_aside(number, step.failures)
         with step.timed("accounting"):
             step.check_accounts(config.min_trained_share)
         batch = build_batch(
-            [sample.trajectory for sample in step.samples],
-            [sample.score for sample in step.samples],
-            config,
+            [sample.trajectory for sample in step.samples], step.scores, config, scale
         )
         with step.timed("learn"):
             metrics = learners.update(batch)

@@ -78,18 +78,44 @@ class PPOBatch:
         return int(self.response_lengths.sum())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreScale:
+    """What a score is multiplied by, and what is added then, before anything else is done."""
+
+    gain: float = 1.0
+    bias: float = 0.0
+
+    @classmethod
+    def of_first_step(cls, scores: Sequence[Score], config: PPOConfig) -> ScoreScale:
+        """Gives these scores mean 0 and standard deviation 1 if ``config`` says so.
+
+        They come from the policy as it was before PPO. Scores that are all alike are only shifted.
+        """
+        if not config.normalize_scores or not scores:
+            return cls()
+        values = np.array([score.value for score in scores], np.float64)
+        values.sort()  # the sum does not depend on who finished first
+        std = float(values.std())
+        gain = 1 / std if std > 0 else 1.0
+        return cls(gain=gain, bias=-float(values.mean()) * gain)
+
+
+UNSCALED = ScoreScale()
+
+
 def build_batch(
     trajectories: Sequence[Trajectory],
     scores: Sequence[Score],
     config: PPOConfig,
+    scale: ScoreScale = UNSCALED,
     pad_token_id: int = 0,
 ) -> PPOBatch:
     """Lay samples and their scores out as arrays, sorted by sample id.
 
     Scores are matched by ``sample_id``; they may come in another order as long as ids are unique.
-    The score is clipped to ``+-config.score_clip`` (each token's when they are per token) and
-    ``config.length_penalty`` is added at the last token. Then ``config.truncated`` says what a
-    response cut off by the length limit gets: the score as it is, the score plus
+    The score is scaled and clipped to ``+-config.score_clip`` (each token's when they are per
+    token), and ``config.length_penalty`` is added at the last token. Then ``config.truncated``
+    says what a response cut off by the length limit gets: the score as it is, the score plus
     ``truncated_value``, or ``truncated_value`` instead of score and length penalty.
 
     Raises:
@@ -110,7 +136,7 @@ def build_batch(
         input_ids[row, :prompt] = trajectory.prompt.token_ids
         input_ids[row, prompt : prompt + response] = trajectory.response_ids
         engine_logprobs[row, :response] = trajectory.response_logprobs
-        rewards[row, :response] = place_score(trajectory, score, config)
+        rewards[row, :response] = place_score(trajectory, score, config, scale)
     return PPOBatch(
         input_ids=input_ids,
         prompt_lengths=prompt_lengths,
@@ -130,22 +156,27 @@ def group_numbers(trajectories: Sequence[Trajectory]) -> Int32Array:
     return np.array([number[name] for name in names], np.int32)
 
 
-def place_score(trajectory: Trajectory, score: Score, config: PPOConfig) -> Float32Array:
-    """``[R]`` the clipped score at the position or positions it belongs to."""
+def place_score(
+    trajectory: Trajectory, score: Score, config: PPOConfig, scale: ScoreScale = UNSCALED
+) -> Float32Array:
+    """``[R]`` the scaled and clipped score at the position or positions it belongs to."""
     length = len(trajectory.response_ids)
     placed = np.zeros(length, np.float32)
     if score.per_token is None:
         last = np.zeros(length, np.bool_)
         last[-1] = True
         assert last.sum() == 1, "a sequence reward stands on exactly one token"
-        placed[last] = np.clip(score.value, -config.score_clip, config.score_clip)
+        value = score.value * scale.gain + scale.bias
+        placed[last] = np.clip(value, -config.score_clip, config.score_clip)
     elif len(score.per_token) != length:
         raise ValueError(
             f"sample {score.sample_id}: {len(score.per_token)} per-token rewards for a response "
             f"of {length} tokens; a reward gives one number, or one for each response token"
         )
     else:
-        placed[:] = np.clip(score.per_token, -config.score_clip, config.score_clip)
+        values = np.asarray(score.per_token, np.float64) * scale.gain
+        values[-1] += scale.bias  # so that their sum is the scaled score
+        placed[:] = np.clip(values, -config.score_clip, config.score_clip)
     if config.length_penalty is not None:
         placed[-1] += overlong_penalty(length, config.length_penalty)
     if trajectory.finish_reason == "length":

@@ -256,7 +256,16 @@ class PPOConfig(StrictConfig):
         None, description="over all tokens of a step; default: yes, but for grpo and rloo"
     )
     whiten_rewards: bool = Field(False, description="gae only, and without shifting the mean")
-    score_clip: float = Field(10.0, gt=0, description="scores are clipped to +- this first")
+    normalize_scores: bool = Field(
+        False,
+        description="shift and scale scores such that those of the first step have mean 0 and "
+        "standard deviation 1 (arXiv 1909.08593, section 2.1). Reward models of this project are "
+        "normalised already; a function or a server whose scores are tens needs it, or the critic "
+        "never comes near",
+    )
+    score_clip: float = Field(
+        10.0, gt=0, description="scores, normalised if they are, are clipped to +- this"
+    )
     truncated: Literal["score", "penalty", "fixed", "filter"] = Field(
         "score",
         description="what a response cut off by the length limit gets; filter: it is not trained "

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.trajectory import Float32Array, Int32Array, Trajectory
-from learner.batch import group_numbers, place_score
+from learner.batch import UNSCALED, ScoreScale, group_numbers, place_score
 from learner.config import PPOConfig
 from reward_service.score import Score
 
@@ -26,7 +26,10 @@ EXPLANATIONS: dict[FilterReason, str] = {
 
 
 def filter_reasons(
-    trajectories: Sequence[Trajectory], scores: Sequence[Score], config: PPOConfig
+    trajectories: Sequence[Trajectory],
+    scores: Sequence[Score],
+    config: PPOConfig,
+    scale: ScoreScale = UNSCALED,
 ) -> dict[str, FilterReason]:
     """Why each filtered sample is not trained on, by sample id; the other samples are.
 
@@ -47,7 +50,7 @@ def filter_reasons(
             kept.append((trajectory, score))
     if config.dynamic_sampling is None or not kept:
         return reasons
-    rewards = np.array([place_score(t, s, config).sum() for t, s in kept], np.float32)
+    rewards = np.array([place_score(t, s, config, scale).sum() for t, s in kept], np.float32)
     groups = group_numbers([t for t, _ in kept])
     flat = group_spread(rewards, groups) <= config.dynamic_sampling.min_spread
     for (trajectory, _), group in zip(kept, groups, strict=True):

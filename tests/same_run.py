@@ -49,6 +49,7 @@ def write_config(directory: Path, run_dir: Path, model: Path, **changes: Mapping
             "service": {"port": 0},
         },
         "ppo": {
+            "normalize_scores": True,
             "steps": 10,
             "prompts_per_step": 5,
             "epochs": 2,

@@ -21,7 +21,7 @@ from actors.rollout import RolloutPool
 from actors.trajectory import Prompt, SampleFailure
 from cluster.step import Sample
 from cluster.train import train
-from learner.batch import PPOBatch
+from learner.batch import PPOBatch, ScoreScale
 from learner.config import LearnersConfig, PPOConfig
 from learner.group import PPOLearners
 from reward_service.config import RetryConfig
@@ -34,6 +34,7 @@ VICTIM = "p3#1"
 class Log:
     def __init__(self) -> None:
         self.next_step = 0
+        self.scale: ScoreScale | None = None
         self.metrics: list[Mapping[str, float]] = []
         self.failures: list[SampleFailure] = []
 

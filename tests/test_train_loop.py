@@ -15,6 +15,7 @@ from actors.rollout import RolloutPool
 from actors.trajectory import Prompt, SampleFailure, Trajectory
 from cluster.step import Sample, Step
 from cluster.train import train
+from learner.batch import ScoreScale
 from learner.config import KLConfig, LearnersConfig, OptimizerConfig, PPOConfig
 from learner.group import PPOLearners
 from reward_service.score import Score
@@ -58,6 +59,7 @@ class LowIds:
 class Log:
     def __init__(self) -> None:
         self.next_step = 0
+        self.scale: ScoreScale | None = None
         self.steps: list[Mapping[str, float]] = []
         self.versions: list[set[int]] = []
         self.warnings: list[str] = []

@@ -15,7 +15,7 @@ from actors.trajectory import Prompt, SampleFailure, Trajectory
 from actors.weights import UpdateConfirmation, WeightUpdate
 from cluster.step import Sample
 from cluster.train import train
-from learner.batch import PPOBatch
+from learner.batch import PPOBatch, ScoreScale
 from learner.config import PPOConfig
 from reward_service.score import Score
 
@@ -110,6 +110,7 @@ class Learners:
 class Log:
     def __init__(self, next_step: int) -> None:
         self.next_step = next_step
+        self.scale: ScoreScale | None = None
         self.metrics: list[Mapping[str, float]] = []
         self.samples: list[list[tuple[str, str | None]]] = []
         self.failures: list[list[str]] = []

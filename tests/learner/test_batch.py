@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from actors.trajectory import Prompt, Trajectory
 from learner.batch import (
+    ScoreScale,
     build_batch,
     micro_batches,
     minibatch_rows,
@@ -216,3 +217,29 @@ def test_the_length_penalty_is_added_at_the_last_token_after_the_score_is_clippe
     assert spread.tolist() == [0.25, 0.25, -0.25]
     fixed = PPOConfig(truncated="fixed", truncated_value=-3.0, length_penalty=penalty)
     assert place_score(trajectory("a", [5], [7, 8, 9]), score("a#0", 1.0), fixed)[-1] == -3.0
+
+
+def test_scores_of_the_first_step_decide_how_all_are_scaled() -> None:
+    """Scores 38, 44 and 47 have mean 43 and standard deviation sqrt(14)."""
+    config = PPOConfig(normalize_scores=True, score_clip=3.0)
+    first = [score("a#0", 38.0), score("b#0", 47.0), score("c#0", 44.0)]
+    scale = ScoreScale.of_first_step(first, config)
+    assert scale.gain == pytest.approx(14**-0.5)
+    assert scale.bias == pytest.approx(-43 / 14**0.5)
+    assert scale == ScoreScale.of_first_step(first[::-1], config)
+
+    sample = trajectory("a", [5], [7, 8, 9])
+    placed = place_score(sample, score("a#0", 50.0), config, scale)
+    np.testing.assert_allclose(placed, [0, 0, 7 / 14**0.5], rtol=1e-6)
+    assert place_score(sample, score("a#0", 100.0), config, scale)[-1] == 3.0  # clipped afterwards
+    spread = place_score(sample, score("a#0", 50.0, per_token=[20.0, 20.0, 10.0]), config, scale)
+    assert spread.sum() == pytest.approx(3.0 + 3.0 - 3.0)
+    mild = PPOConfig(normalize_scores=True, score_clip=100.0)
+    spread = place_score(sample, score("a#0", 50.0, per_token=[20.0, 20.0, 10.0]), mild, scale)
+    assert spread.sum() == pytest.approx(7 / 14**0.5, abs=1e-5)
+
+
+def test_scores_stay_as_they_are_unless_they_are_to_be_normalised() -> None:
+    assert ScoreScale.of_first_step([score("a#0", 38.0)], PPOConfig()) == ScoreScale()
+    alike = ScoreScale.of_first_step([score("a#0", 4.0)] * 3, PPOConfig(normalize_scores=True))
+    assert alike == ScoreScale(gain=1.0, bias=-4.0)
