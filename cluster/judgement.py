@@ -243,7 +243,7 @@ def responses_within(
     """Those that the policy can write, end included, within ``sampling.max_new_tokens``."""
     tokenizer = AutoTokenizer.from_pretrained(work.config.policy_model)
     texts = [d.response for d in demonstrations]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     limit = work.config.sampling.max_new_tokens
     return [d for d, found in zip(demonstrations, ids, strict=True) if len(found) < limit]
 
