@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from reward_service.config import WireFormat
 from reward_service.encoding import Truncation
+from reward_service.isolation import Isolation, KeepsFailing, Part, Refused, Unreadable
 from reward_service.score import ModelScores, RewardUnavailable, ScoreItem
 from reward_service.wire_clients import SPOKEN
 
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 RETRY_PAUSES_S = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Pause before each further try; the last one repeats."""
+
+TRIED_AGAIN = (408, 429, 500, 502, 503, 504)
+NO_ITEMS_FAULT = (401, 402, 403, 404, 405, 407)
+"""Statuses that speak of the address or of who asks, not of what is to be scored."""
+
+GIVE_UP_AFTER = 4
+"""A server that never scored anything is not asked on after it refused so many items at once."""
 
 
 class HandleScorer:
@@ -106,8 +114,10 @@ class HandleScorer:
 class HttpScorer:
     """Scores over HTTP: ``POST /v1/score`` of a server of ours, or another system's format.
 
-    Servers of other systems say neither which version scored nor how they cut long texts;
-    ``truncation`` has no effect on them.
+    An item that the server does not score fails alone, with the reason, whether the answer says so
+    of that item or the whole request was refused for it (``isolation``). Servers of other systems
+    say neither which version scored nor how they cut long texts; ``truncation`` has no effect on
+    them.
     """
 
     def __init__(
@@ -140,6 +150,8 @@ class HttpScorer:
         self._timeout_s = timeout_s
         self._max_retries = max_retries
         self._items_per_request = min(items_per_request, most or items_per_request)
+        self._scored: ScoreItem | None = None
+        """Some item that the server has scored."""
         loopback = parsed.host in ("127.0.0.1", "localhost", "::1")
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._client = httpx.Client(timeout=timeout_s, trust_env=not loopback, headers=headers)
@@ -151,52 +163,102 @@ class HttpScorer:
         """Score a list, in order, a few requests one after the other.
 
         Raises:
-            ValueError: The server refused the request (4xx); its message is passed on.
+            ValueError: The address or the token is wrong, or a server that never scored anything
+                refuses all of several items (4xx); its message is passed on.
             TimeoutError: No answer within the deadline.
             RewardUnavailable: The server cannot be reached or keeps failing.
-            RuntimeError: The server answers nonsense.
+            RuntimeError: A server that never scored anything answers nonsense.
         """
         if not items:
             raise ValueError("nothing to score: the list of items is empty")
         deadline = time.monotonic() + self._timeout_s
-        size = self._items_per_request
-        chunks = [items[i : i + size] for i in range(0, len(items), size)]
         return _of_one_version(
-            lambda: [self._request(chunk, truncation, deadline) for chunk in chunks],
-            self._max_retries,
-            deadline,
+            lambda: self._ask_all(items, truncation, deadline), self._max_retries, deadline
         )
 
-    def _request(
+    def _ask_all(
         self, items: Sequence[ScoreItem], truncation: Truncation, deadline: float
+    ) -> list[ModelScores]:
+        def ask(chunk: Sequence[ScoreItem], patient: bool) -> ModelScores:
+            return self._request(chunk, truncation, deadline, patient)
+
+        def still_works() -> None:
+            if self._scored is None:
+                return
+            try:
+                ask([self._scored], False)
+            except (Refused, Unreadable) as error:
+                raise RewardUnavailable(f"what it has scored before fails too: {error}") from error
+
+        isolation = Isolation(ask, still_works)
+        size = self._items_per_request
+        parts: list[Part] = []
+        for start in range(0, len(items), size):
+            parts += isolation.parts(items[start : start + size])
+        self._remember(items, parts)
+        return self._answered(parts)
+
+    def _remember(self, items: Sequence[ScoreItem], parts: Sequence[Part]) -> None:
+        """Note an item that was scored; raise when nothing ever was and items are not to blame.
+
+        Decided at the end of a call, so that the order of its items does not matter.
+        """
+        scores = [s for p in parts for s in (p.scores if isinstance(p, ModelScores) else (None,))]
+        scored = [item for item, score in zip(items, scores, strict=True) if score is not None]
+        if scored:
+            self._scored = scored[0]
+        failed = [part for part in parts if not isinstance(part, ModelScores)]
+        if self._scored is not None or not failed:
+            return
+        if len(failed) >= GIVE_UP_AFTER or isinstance(failed[0], KeepsFailing):
+            raise failed[0]
+
+    def _answered(self, parts: Sequence[Part]) -> list[ModelScores]:
+        """Items that failed alone as answers of the version that scored the others."""
+        some = next((part for part in parts if isinstance(part, ModelScores)), None)
+        return [
+            part
+            if isinstance(part, ModelScores)
+            else ModelScores(
+                model=some.model if some else self._model or "remote",
+                version=some.version if some else "unknown",
+                fingerprint=some.fingerprint if some else "",
+                scores=(None,),
+                tokens=(0,),
+                errors=(str(part),),
+            )
+            for part in parts
+        ]
+
+    def _request(
+        self, items: Sequence[ScoreItem], truncation: Truncation, deadline: float, patient: bool
     ) -> ModelScores:
+        """One request, sent again while that may help; after a 500 only if ``patient``."""
         import httpx
 
         body = self._body(items, truncation)
-        problem = ""
-        for tries in range(self._max_retries + 1):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
+        problem, tries = "", 0
+        while (left := deadline - time.monotonic()) > 0:
             try:
                 answer = self._client.post(self._endpoint, json=body, timeout=left)
             except httpx.TimeoutException:
                 break
             except httpx.TransportError as error:
-                problem = f"cannot be reached ({type(error).__name__})"
+                status, problem = 0, f"cannot be reached ({type(error).__name__})"
             else:
-                if answer.status_code == 200:
-                    if self._format is None:
-                        return self._read(answer.content, len(items))
-                    return self._read_foreign(answer, len(items))
-                problem = f"answered {answer.status_code}: {_message(answer)}"
-                if answer.status_code not in (408, 429, 500, 502, 503, 504):
-                    raise ValueError(f"{self._shown} {problem}")
-            if tries == self._max_retries:
-                raise RewardUnavailable(
-                    f"{self._shown} {problem}, {tries + 1} times: check that the server runs"
+                status = answer.status_code
+                if status == 200:
+                    return self._read(answer, len(items))
+                problem = f"answered {status}: {_message(answer)}"
+                if status not in TRIED_AGAIN:
+                    of_items = 400 <= status < 500 and status not in NO_ITEMS_FAULT
+                    raise (Refused if of_items else ValueError)(f"{self._shown} {problem}")
+            tries += 1
+            if tries > self._max_retries or (status == 500 and not patient):
+                raise (KeepsFailing if status == 500 else RewardUnavailable)(
+                    f"{self._shown} {problem}, {tries} times: check that the server runs"
                 )
-            time.sleep(retry_pause(tries, deadline))
+            time.sleep(retry_pause(tries - 1, deadline))
         raise TimeoutError(
             f"{self._shown} did not answer within {self._timeout_s:g} s"
             f"{' and ' + problem if problem else ''}: raise reward.service.timeout_s"
@@ -208,48 +270,47 @@ class HttpScorer:
         body: dict[str, Any] = {"items": [_to_json(i) for i in items], "truncation": truncation}
         return body if self._model is None else body | {"model": self._model}
 
-    def _read_foreign(self, answer: Any, count: int) -> ModelScores:
-        assert self._format is not None
+    def _read(self, answer: Any, count: int) -> ModelScores:
+        """Check an answer down to every number: a server is outside and may say anything."""
         try:
-            scores = self._format.read(answer.json(), count)
-        except (ValueError, TypeError, LookupError) as error:
-            why = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
-            raise RuntimeError(f"{self._shown} answered nonsense: {why}") from None
+            if self._format is None:
+                return _read_native(answer.content, count)
+            values = self._format.read(answer.json(), count)
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            why = error if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            raise Unreadable(f"{self._shown} answered nonsense: {why}") from None
         return ModelScores(
             model=answer.headers.get("X-Reward-Model", self._model or "remote"),
             version=answer.headers.get("X-Reward-Model-Version", "unknown"),
             fingerprint=answer.headers.get("X-Reward-Model-Fingerprint", ""),
-            scores=tuple(scores),
+            scores=tuple(None if isinstance(v, str) else v for v in values),
             tokens=(0,) * count,
-            errors=(None,) * count,
+            errors=tuple(f"{self._shown}: {v}" if isinstance(v, str) else None for v in values),
         )
 
-    def _read(self, content: bytes, count: int) -> ModelScores:
-        """Check an answer down to every number: a server is outside and may say anything."""
-        from pydantic import ValidationError
 
-        from reward_service.http_bodies import ScoreResponse
+def _read_native(content: bytes, count: int) -> ModelScores:
+    """Raises ValueError for what is no answer to so many items."""
+    from pydantic import ValidationError
 
-        try:
-            response = ScoreResponse.model_validate_json(content)
-            if [entry.index for entry in response.data] != list(range(count)):
-                raise ValueError(f"{len(response.data)} scores for {count} items")
-            return ModelScores(
-                model=response.model,
-                version=response.version,
-                fingerprint=response.fingerprint,
-                scores=tuple(entry.score for entry in response.data),
-                tokens=tuple(entry.tokens for entry in response.data),
-                errors=tuple(entry.error for entry in response.data),
-            )
-        except ValidationError as error:
-            first = error.errors(include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise RuntimeError(
-                f"{self._shown} answered nonsense: {where}: {first['msg']}"
-            ) from None
-        except ValueError as error:
-            raise RuntimeError(f"{self._shown} answered nonsense: {error}") from None
+    from reward_service.http_bodies import ScoreResponse
+
+    try:
+        response = ScoreResponse.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}") from None
+    if [entry.index for entry in response.data] != list(range(count)):
+        raise ValueError(f"{len(response.data)} scores for {count} items")
+    return ModelScores(
+        model=response.model,
+        version=response.version,
+        fingerprint=response.fingerprint,
+        scores=tuple(entry.score for entry in response.data),
+        tokens=tuple(entry.tokens for entry in response.data),
+        errors=tuple(entry.error for entry in response.data),
+    )
 
 
 def _of_one_version(

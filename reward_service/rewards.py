@@ -79,34 +79,33 @@ class FunctionReward:
     """
 
     GIVE_UP_AFTER = 4
-    """A function that never worked is reported as broken after so many samples."""
+    """A function that never worked and fails for all of so many samples is reported as broken."""
 
     def __init__(self, path: str) -> None:
         """Load ``package.module:function``. Raises ValueError when that cannot be called."""
         self._path = path
         self._function = RewardFunction.load(path)
-        self._failed: set[str] = set()
         self._worked = False
 
     def score(self, trajectories: Sequence[Trajectory]) -> list[Scored]:
-        return [self._score_one(trajectory) for trajectory in trajectories]
+        results = [self._score_one(trajectory) for trajectory in trajectories]
+        failures = [result for result in results if isinstance(result, SampleFailure)]
+        self._worked = self._worked or len(failures) < len(results)
+        # Looked at when all have been tried: samples come in any order, and a run that is resumed
+        # must not end because those that fail came first.
+        if not self._worked and len(failures) >= self.GIVE_UP_AFTER:
+            raise RuntimeError(
+                f"the {failures[-1].reason}: it failed for all of the first {len(failures)} samples"
+            )
+        return results
 
     def _score_one(self, trajectory: Trajectory) -> Scored:
         try:
-            value = self._function(trajectory)
-            score = _to_score(trajectory, value)
+            return _to_score(trajectory, self._function(trajectory))
         except Exception as error:  # the user's code may raise anything
-            self._failed.add(trajectory.sample_id)
-            reason = f"reward function {self._path}: {type(error).__name__}: {error}"
-            if not self._worked and len(self._failed) >= self.GIVE_UP_AFTER:
-                raise RuntimeError(
-                    f"the reward function {self._path} failed for all of the first "
-                    f"{len(self._failed)} samples, the last time with "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            return scoring_failure(trajectory, reason)
-        self._worked = True
-        return score
+            return scoring_failure(
+                trajectory, f"reward function {self._path}: {type(error).__name__}: {error}"
+            )
 
 
 class WeightedSum:

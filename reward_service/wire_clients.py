@@ -1,6 +1,7 @@
 """What our PPO sends to a reward server of another system, and what it takes for an answer.
 
-Pure: a format turns items into a JSON body and a JSON answer into scores. Texts are the rendered
+Pure: a format turns items into a JSON body, and a JSON answer into the score of each item or the
+reason why it has none. Texts are the rendered
 prompt followed by the response, as the policy's own template wrote it.
 """
 
@@ -24,30 +25,49 @@ class SpokenFormat:
     Attributes:
         path: Appended to the URL of the server's root; empty where the URL is the endpoint.
         write: (items, model or None) to a body.
-        read: An answer and the number of items to scores; raises LookupError, TypeError or
-            ValueError for what is no answer.
+        read: An answer and the number of items to the value of each; raises LookupError,
+            TypeError or ValueError when it cannot be told which value is whose.
         most_items: Items that one request can carry, or ``None``.
     """
 
     path: str
     write: Callable[[Sequence[ScoreItem], str | None], Body]
-    read: Callable[[Any, int], list[float]]
+    read: Callable[[Any, int], list[Value]]
     most_items: int | None = None
 
 
-def scores_of(numbers: Any, count: int) -> list[float]:
-    """``count`` finite numbers. Raises ValueError or TypeError for anything else."""
+Value = float | str
+"""The score of one item, or why it has none."""
+
+
+def value_of(number: Any) -> Value:
+    """A finite number as a score; anything else as the reason why it is none."""
+    if number is None:
+        return "the answer has no score for it"
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return f"its score is a {type(number).__name__}"
+    try:
+        score = float(number)
+    except OverflowError:  # an integer of hundreds of digits
+        return "its score is beyond all floating-point numbers"
+    return score if math.isfinite(score) else f"its score is {score}"
+
+
+def values_of(numbers: Any, count: int) -> list[Value]:
+    """``count`` values in order. Raises ValueError when they are not as many as the items."""
     if not isinstance(numbers, list) or len(numbers) != count:
         raise ValueError(
             f"{len(numbers) if isinstance(numbers, list) else 'no list of'} scores for "
             f"{count} items"
         )
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise TypeError(f"a score is a {type(number).__name__}")
-        if not math.isfinite(number):
-            raise ValueError(f"a score is {number}")
-    return [float(number) for number in numbers]
+    return [value_of(number) for number in numbers]
+
+
+def _read_row(row: Any, read: Callable[[Any], Any]) -> Value:
+    try:
+        return value_of(read(row))
+    except (LookupError, TypeError) as error:
+        return f"its part of the answer is malformed ({type(error).__name__}: {error})"
 
 
 def _text(item: ScoreItem) -> str:
@@ -65,10 +85,10 @@ def write_openrlhf(items: Sequence[ScoreItem], model: str | None) -> Body:
     return body if model is None else body | {"model": model}
 
 
-def read_openrlhf(answer: Any, count: int) -> list[float]:
+def read_openrlhf(answer: Any, count: int) -> list[Value]:
     # Servers of one request answer with numbers alone, newer ones also with scores and logs.
     rewards = answer["rewards"]
-    return scores_of([rewards] if not isinstance(rewards, list) else rewards, count)
+    return values_of([rewards] if not isinstance(rewards, list) else rewards, count)
 
 
 def write_slime(items: Sequence[ScoreItem], model: str | None) -> Body:  # noqa: ARG001
@@ -77,8 +97,8 @@ def write_slime(items: Sequence[ScoreItem], model: str | None) -> Body:  # noqa:
     return {"prompt": item.prompt, "response": item.response, "label": None}
 
 
-def read_slime(answer: Any, count: int) -> list[float]:
-    return scores_of([answer], count)
+def read_slime(answer: Any, count: int) -> list[Value]:
+    return values_of([answer], count)
 
 
 def write_vllm(items: Sequence[ScoreItem], model: str | None) -> Body:
@@ -86,8 +106,8 @@ def write_vllm(items: Sequence[ScoreItem], model: str | None) -> Body:
     return body if model is None else body | {"model": model}
 
 
-def read_vllm(answer: Any, count: int) -> list[float]:
-    return scores_of([row["probs"][-1] for row in _in_order(answer["data"])], count)
+def read_vllm(answer: Any, count: int) -> list[Value]:
+    return _by_index(answer["data"], count, lambda row: row["probs"][-1])
 
 
 def write_vllm_score(items: Sequence[ScoreItem], model: str | None) -> Body:
@@ -101,8 +121,8 @@ def write_vllm_score(items: Sequence[ScoreItem], model: str | None) -> Body:
     return body if model is None else body | {"model": model}
 
 
-def read_vllm_score(answer: Any, count: int) -> list[float]:
-    return scores_of([row["score"] for row in _in_order(answer["data"])], count)
+def read_vllm_score(answer: Any, count: int) -> list[Value]:
+    return _by_index(answer["data"], count, lambda row: row["score"])
 
 
 def write_sglang(items: Sequence[ScoreItem], model: str | None) -> Body:
@@ -110,16 +130,24 @@ def write_sglang(items: Sequence[ScoreItem], model: str | None) -> Body:
     return body if model is None else body | {"model": model}
 
 
-def read_sglang(answer: Any, count: int) -> list[float]:
+def read_sglang(answer: Any, count: int) -> list[Value]:
     rows = [answer] if isinstance(answer, dict) else answer
-    return scores_of([row["embedding"][-1] for row in rows], count)
+    if not isinstance(rows, list) or len(rows) != count:
+        raise ValueError(f"{len(rows) if isinstance(rows, list) else 'no'} rows for {count} items")
+    return [_read_row(row, lambda row: row["embedding"][-1]) for row in rows]
 
 
-def _in_order(rows: Any) -> list[Any]:
-    ordered = sorted(rows, key=lambda row: int(row["index"]))
-    if [row["index"] for row in ordered] != list(range(len(ordered))):
-        raise ValueError("the indices of the answer are not 0, 1, 2, ...")
-    return ordered
+def _by_index(rows: Any, count: int, read: Callable[[Any], Any]) -> list[Value]:
+    """Values of rows that say which item they belong to; an item without a row has none."""
+    found: dict[int, Any] = {}
+    for row in rows:
+        index = row["index"]
+        if type(index) is not int or not 0 <= index < count or index in found:
+            raise ValueError(f"a row of the answer has index {index!r}, of {count} items")
+        found[index] = row
+    if not found:
+        raise ValueError(f"no rows for {count} items")
+    return [_read_row(found[i], read) if i in found else value_of(None) for i in range(count)]
 
 
 SPOKEN: Mapping[WireFormat, SpokenFormat] = {

@@ -266,6 +266,11 @@ def forked(work: Callable[[], None], log: Path) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def end_of(config: Path) -> str:
+    """The end of a run's log: enough for a whole chain of tracebacks."""
+    return config.with_suffix(".log").read_text()[-20_000:]
+
+
 def run(config: Path, stage: Any, *, resume: bool, kill: Callable[[], None] | None = None) -> int:
     def work() -> None:
         cluster.pipeline.Session = SmallSession  # type: ignore[misc, assignment]
@@ -313,7 +318,7 @@ def ppo_points(place: Path, skip: set[str]) -> Iterator[tuple[str, list[str]]]:
         if code != (1 if name == "on a full disk" else -signal.SIGKILL):
             wrong.append(f"the run ended with {code}")
         if run(config, "ppo", resume=True):
-            wrong.append(config.with_suffix(".log").read_text()[-2000:])
+            wrong.append(end_of(config))
         yield name, wrong + differences(place / "reference", place / f"run{number}")
     yield "a flipped bit, twice killed", twice(configure("twice"), place)
 
@@ -334,10 +339,10 @@ def twice(config: Path, place: Path) -> list[str]:
     damage(run_dir)
     ended.append(run(config, "ppo", resume=True, kill=before(ModuleTrainer, "_step", nth(13))))
     ended.append(run(config, "ppo", resume=True))
-    log = config.with_suffix(".log").read_text()
-    wrong = [] if ended == [-9, -9, 0] else [f"the runs ended with {ended}: {log[-2000:]}"]
+    log = end_of(config)
+    wrong = [] if ended == [-9, -9, 0] else [f"the runs ended with {ended}: {log}"]
     if "is damaged (optimizers.safetensors does not match its checksum)" not in log:
-        wrong.append(f"the flipped bit was not reported: {log[-2000:]}")
+        wrong.append(f"the flipped bit was not reported: {log}")
     return wrong + differences(place / "reference", run_dir)
 
 
@@ -379,7 +384,7 @@ def supervised_points(place: Path, skip: set[str]) -> Iterator[tuple[str, list[s
                 continue
             config = configure(name.replace(" ", "_"))
             ended = [run(config, stage, resume=False, kill=kill), run(config, stage, resume=True)]
-            wrong = [] if ended == [-9, 0] else [config.with_suffix(".log").read_text()[-2000:]]
+            wrong = [] if ended == [-9, 0] else [end_of(config)]
             a, b = (place / c.stem / outputs[stage] for c in (reference, config))
             if (a / "model.safetensors").read_bytes() != (b / "model.safetensors").read_bytes():
                 wrong.append("model.safetensors differs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import pytest
 
 from reward_service import client
 from reward_service.client import HttpScorer
-from reward_service.score import ScoreItem
+from reward_service.score import RewardUnavailable, ScoreItem
 
 ITEMS = [ScoreItem(prompt="p", response="r" * n) for n in range(1, 6)]
 Reply = Callable[[dict[str, Any]], tuple[int, Any]]
@@ -104,9 +105,60 @@ def test_a_busy_or_broken_server_is_asked_again(serve) -> None:
         HttpScorer(server.url, max_retries=2).score(ITEMS)
 
 
-def test_a_refused_request_is_not_repeated(serve) -> None:
-    server = serve(answering(422, {"error": {"message": "too many items"}}))
-    with pytest.raises(ValueError, match="answered 422: too many items"):
+def refusing(status: int, *bad: int) -> Reply:
+    """Refuses every request with an item of one of these lengths; scores all others."""
+
+    def reply(request: dict[str, Any]) -> tuple[int, Any]:
+        if any(len(item["response"]) in bad for item in request["items"]):
+            return status, {"error": {"message": "a bad item"}}
+        return right(request)
+
+    return reply
+
+
+def test_one_bad_item_fails_alone_where_the_request_is_refused_for_it(serve) -> None:
+    server = serve(refusing(422, 4))
+    answer = HttpScorer(server.url).score(ITEMS)
+    assert answer.scores == (1.0, 2.0, 3.0, None, 5.0)
+    assert answer.errors[3] == f"{server.url}/v1/score answered 422: a bad item"
+    assert (answer.model, answer.version) == ("m", "v")
+    # 1-5, 1-2, 3-5, 3, 4-5, 4, 5
+    assert [len(r["items"]) for r in server.requests] == [5, 2, 3, 1, 2, 1, 1]
+    # the sample is tried again by itself later: still nothing that ends a run
+    assert HttpScorer(server.url).score(ITEMS[3:4]).scores == (None,)
+
+
+def test_an_item_that_breaks_the_server_fails_alone(serve) -> None:
+    server = serve(refusing(500, 4))
+    scorer = HttpScorer(server.url, max_retries=2)
+    assert scorer.score(ITEMS).scores == (1.0, 2.0, 3.0, None, 5.0)
+    # waited for only once: three tries of all five, then one of each half
+    assert [len(r["items"]) for r in server.requests] == [5, 5, 5, 2, 3, 1, 2, 1, 1]
+    alone = scorer.score(ITEMS[3:4])
+    assert alone.scores == (None,)
+    assert "answered 500: a bad item" in str(alone.errors[0])
+    # what was scored before is asked for again: it is the item, not the server
+    assert server.requests[-1]["items"] == [{"prompt": "p", "response": "r"}]
+
+
+def test_a_server_that_breaks_altogether_is_waited_for(serve) -> None:
+    server = serve(right, answering(500, "out of memory"))
+    scorer = HttpScorer(server.url, max_retries=1)
+    assert scorer.score(ITEMS).scores[0] == 1.0
+    with pytest.raises(RewardUnavailable, match="answered 500: out of memory, 1 times"):
+        scorer.score(ITEMS)
+    assert len(server.requests) == 4  # two tries, and once what was scored before
+    with pytest.raises(RewardUnavailable, match="answered 500"):
+        HttpScorer(server.url, max_retries=0).score(ITEMS[:1])
+
+
+def test_a_server_that_refuses_everything_from_the_start_is_an_error(serve) -> None:
+    server = serve(answering(422, {"error": {"message": "no such field"}}))
+    with pytest.raises(ValueError, match="answered 422: no such field"):
+        HttpScorer(server.url).score(ITEMS)
+    assert len(server.requests) == 2 * 5 - 1
+    server = serve(answering(404, {"error": {"message": "no such path"}}))
+    with pytest.raises(ValueError, match="answered 404: no such path"):
         HttpScorer(server.url).score(ITEMS)
     assert len(server.requests) == 1
 
@@ -116,7 +168,7 @@ def test_a_refused_request_is_not_repeated(serve) -> None:
     [
         ("not json", "Invalid JSON"),
         ({"rewards": [1.0]}, "model: Field required"),
-        (data(1.0, 2.0), "2 scores for 1 items"),
+        (data(*[1.0] * 9), "9 scores for 1 items"),
         ('{"model":"m","version":"v","data":[{"index":0,"score":NaN,"tokens":1}]}', "finite"),
         (data("high"), "valid number"),
         (data(None), "a score or an error, not both"),
@@ -124,8 +176,11 @@ def test_a_refused_request_is_not_repeated(serve) -> None:
 )
 def test_nonsense_is_never_taken_for_a_score(serve, body: Any, says: str) -> None:
     server = serve(answering(200, body))
-    with pytest.raises(RuntimeError, match=rf"answered nonsense: .*{says}"):
-        HttpScorer(server.url).score(ITEMS[:1])
+    answer = HttpScorer(server.url).score(ITEMS[:1])
+    assert answer.scores == (None,)
+    assert re.search(rf"answered nonsense: .*{says}", str(answer.errors[0]))
+    with pytest.raises(RuntimeError, match="answered nonsense"):
+        HttpScorer(server.url).score(ITEMS)
 
 
 def test_two_versions_never_mix_in_one_call(serve) -> None:

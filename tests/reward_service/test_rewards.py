@@ -110,8 +110,16 @@ def test_a_bad_value_is_a_failure_with_its_reason(trajectory, name: str, says: s
     reward = FunctionReward(f"my_rewards:{name}")
     (failure,) = reward.score([trajectory()])
     assert reason(failure) == f"reward function my_rewards:{name}: {says}"
-    with pytest.raises(RuntimeError, match=f"my_rewards:{name} failed for all of the first 4"):
-        reward.score([trajectory(number=n) for n in range(10)])
+    with pytest.raises(RuntimeError, match=rf"my_rewards:{name}: .* all of the first 4 samples"):
+        reward.score([trajectory(number=n) for n in range(4)])
+
+
+def test_samples_that_fail_first_do_not_end_a_run_whose_others_can_be_scored(trajectory) -> None:
+    """A resumed run gets its samples in another order and must not end for it."""
+    texts = ["four"] * 6 + ["works"]
+    reward = FunctionReward("my_rewards:sometimes_raises")
+    scored = reward.score([trajectory(t, number=n) for n, t in enumerate(texts)])
+    assert [isinstance(result, Score) for result in scored] == [False] * 6 + [True]
 
 
 def test_one_bad_sample_does_not_harm_the_others(trajectory) -> None:

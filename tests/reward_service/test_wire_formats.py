@@ -20,12 +20,10 @@ import requests
 import uvicorn
 
 from reward_service.client import HttpScorer
-from reward_service.config import RewardConfig, RewardServiceConfig, RewardTerm
+from reward_service.config import RewardServiceConfig
 from reward_service.http_api import build_app
-from reward_service.rewards import build_reward
-from reward_service.score import ItemIds, Score, ScoreItem
+from reward_service.score import ItemIds, ScoreItem
 from reward_service.wire_clients import SPOKEN
-from tests.reward_service.test_client import StubServer
 from tests.reward_service.test_http_api import StubBackend, send
 
 USAGE = {"completion_tokens": 0, "prompt_tokens_details": None}
@@ -257,86 +255,3 @@ def test_our_client_speaks_what_our_server_speaks(served: str, name: Any) -> Non
     extra = 1 if name in ("openrlhf", "vllm", "sglang") else 0
     assert answer.scores == (1.0 + extra, 2.0 + extra, 3.0 + extra)
     assert (answer.model, answer.version) == ("first", "v1")
-
-
-FOREIGN: dict[str, tuple[str, Any, Any]] = {
-    "openrlhf": (
-        "/get_reward",
-        {"query": ["pa", "pbc"], "prompts": ["p", "p"], "labels": [None, None]},
-        {"rewards": [0.5, -1.0], "scores": [0.5, -1.0], "extra_logs": {"n": [1, 2]}},
-    ),
-    "vllm": (
-        "",
-        {"input": ["pa", "pbc"], "use_activation": False, "model": "rm"},
-        {"data": [{"index": 1, "probs": [-1.0]}, {"index": 0, "probs": [0.5]}]},
-    ),
-    "vllm_score": (
-        "",
-        {"queries": ["p", "p"], "documents": ["a", "bc"], "use_activation": False, "model": "rm"},
-        {"data": [{"index": 0, "score": 0.5}, {"index": 1, "score": -1.0}]},
-    ),
-    "sglang": (
-        "",
-        {"text": ["pa", "pbc"], "model": "rm"},
-        [{"embedding": [0.1, 0.5]}, {"embedding": [-1.0]}],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_ppo_uses_a_server_of_another_system(
-    name: Any, trajectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, request, answer = FOREIGN[name]
-    server = StubServer(lambda _: (200, answer))
-    monkeypatch.setenv("THEIR_TOKEN", "secret")
-    term = RewardTerm(
-        name="theirs",
-        url=server.url + path,
-        format=name,
-        served_model=None if name == "openrlhf" else "rm",
-        token_env="THEIR_TOKEN",
-    )
-    try:
-        samples = [trajectory(t, prompt="p", number=n) for n, t in enumerate(["a", "bc"])]
-        scored = build_reward(RewardConfig(terms=(term,))).score(samples)
-    finally:
-        server.close()
-    assert [s.value for s in scored if isinstance(s, Score)] == [0.5, -1.0]
-    (sent,) = server.requests
-    assert sent.pop("path") == path + SPOKEN[name].path
-    assert sent == request
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "says"),
-    [
-        ("openrlhf", {"scores": [1.0]}, "KeyError: 'rewards'"),
-        ("openrlhf", {"rewards": [1.0, 2.0]}, "2 scores for 1 items"),
-        ("openrlhf", {"rewards": [True]}, "a score is a bool"),
-        ("openrlhf", '{"rewards": [NaN]}', "a score is nan"),
-        ("slime", {"score": 1.0}, "a score is a dict"),
-        ("vllm", {"data": [{"index": 1, "probs": [1.0]}]}, "indices"),
-        ("vllm", {"data": [{"index": 0, "probs": []}]}, "IndexError"),
-        ("vllm", "<html>", "Expecting value"),
-        ("sglang", "3", "not iterable"),
-    ],
-)
-def test_nonsense_of_another_server_is_never_taken_for_a_score(
-    name: Any, answer: Any, says: str
-) -> None:
-    server = StubServer(lambda _: (200, answer))
-    try:
-        with pytest.raises(RuntimeError, match=rf"answered nonsense: .*{says}"):
-            HttpScorer(server.url, format=name).score([ScoreItem(response="a")])
-    finally:
-        server.close()
-
-
-def test_a_secret_belongs_into_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="name that in token_env"):
-        RewardTerm(name="x", url="http://me:secret@host:1/get_reward")
-    monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
-    term = RewardTerm(name="x", url="http://host:1", token_env="NO_SUCH_TOKEN")
-    with pytest.raises(ValueError, match="NO_SUCH_TOKEN, which should hold"):
-        build_reward(RewardConfig(terms=(term,)))
