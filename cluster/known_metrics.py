@@ -58,8 +58,17 @@ REWARD = (
         remedy="Read that sample: a score far above the others is often an exploit.",
     ),
     Metric(
+        name="reward/<model>_drift",
+        meaning="How far a reward model's scores have moved from those of the texts on which it was"
+        " normalised, in standard deviations of those; of an ensemble, for each member.",
+        trend="rises with the reward, and levels off",
+        remedy="The further away, the less the scores are worth: judge samples of this policy,"
+        " train the reward model again, or raise `ppo.kl.coef`.",
+    ),
+    Metric(
         name="reward/<term>",
-        meaning="Mean of one term of the reward, before its weight.",
+        meaning="Mean of one term of the reward, before its weight; also of each member of an"
+        " ensemble.",
         trend="rises, or stays, together with the others",
         remedy="One term that climbs alone is being gamed: lower its weight.",
     ),

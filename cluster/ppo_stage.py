@@ -10,11 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
+from actors.fingerprint import template_fingerprint
 from actors.prompts import PromptStream, tokenize_prompts
 from actors.trajectory import SampleFailure
 from cluster.checkpoint import CheckpointStore
+from cluster.config import RunConfig
 from cluster.drift_watch import FIGURES
 from cluster.health import Watch, is_coarse
 from cluster.metrics import MetricsWriter
@@ -27,10 +29,13 @@ from cluster.train import train
 from learner.batch import ScoreScale
 from learner.config import PPOConfig
 from learner.group import PPOLearners
+from reward_service.encoding import RewardHead
 from reward_service.statistics import drift
 
 SAMPLES_EVERY = 5
 """Steps between files of written-out samples; the first and the last step always have one."""
+
+CONTEXT = "max_position_embeddings"
 
 
 class PPOLog:
@@ -223,18 +228,48 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
 
 
 def make_learners(work: Workplace) -> PPOLearners:
-    """Policy and reference from the policy model; the critic from a reward model of this run."""
+    """Policy and reference from the policy model; the critic from a reward model, if one fits."""
     config = work.config
     assert config.ppo is not None
-    trained = work.run_dir / "reward_model"
-    uses_it = any(str(trained) in term.members.values() for term in config.reward_terms)
     return PPOLearners(
         config.ppo,
         config.learners,
         policy_dir=config.policy_model,
         reference_dir=config.policy_model,
-        critic_dir=trained if uses_it and config.ppo.critic_from_reward_model else None,
+        critic_dir=critic_start(config) if config.ppo.critic_from_reward_model else None,
         temperature=config.sampling.temperature,
         total_steps=config.ppo.steps,
         seed=config.seed,
     )
+
+
+def critic_start(config: RunConfig) -> Path | None:
+    """The reward model that the critic starts from; ``None`` when no term has one that fits.
+
+    That of this run, where a term uses it; else the first, members of ensembles included, that a
+    term rewards and that reads texts as the policy does. A classifier's output is no value.
+    """
+    served = [
+        Path(path)
+        for term in config.reward_terms
+        if term.weight > 0
+        for path in term.members.values()
+    ]
+    own = (config.run_dir / "reward_model").resolve()
+    if any(path.resolve() == own for path in served):
+        return own
+    return next((path for path in served if _reads_as(path, config.policy_model)), None)
+
+
+def _reads_as(reward_model: Path, policy: Path) -> bool:
+    """Whether the tokenizer and template are the policy's, and its context holds as much."""
+    head = RewardHead.load(reward_model)
+    if head.activation != "identity":
+        return False
+    tokenizer = AutoTokenizer.from_pretrained(policy, local_files_only=True)
+    contexts = [
+        getattr(AutoConfig.from_pretrained(path, local_files_only=True), CONTEXT, None)
+        for path in (reward_model, policy)
+    ]
+    holds = contexts[0] is None or (contexts[1] is not None and contexts[0] >= contexts[1])
+    return holds and head.fingerprint == template_fingerprint(tokenizer)

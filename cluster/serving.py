@@ -30,6 +30,8 @@ from reward_service.security import (
 def serve_until_stopped(models: Sequence[str], service: RewardServiceConfig) -> None:
     """Start the service, say where it listens, and wait for Ctrl-C or SIGTERM.
 
+    Then requests under way are answered, further ones refused, and everything is ended.
+
     Raises:
         ValueError: A name is wrong, an ensemble has an unknown member, or the service would
             listen beyond this machine without tokens.
@@ -40,7 +42,7 @@ def serve_until_stopped(models: Sequence[str], service: RewardServiceConfig) -> 
     check_binding(service.host, read_token_digests(service.tokens_file))
     config = RunConfig(run_dir=Path(), reward=RewardConfig(terms=tuple(terms), service=service))
     reporter = Reporter()
-    stop = StopRequest(reporter.say)
+    stop = StopRequest(reporter.say, "answering what is under way")
     with Session(config, reporter, stop) as session:
         session.reward(terms)
         reporter.say("serving until Ctrl-C")

@@ -18,9 +18,13 @@ class StopRequest:
     Call :meth:`install` after ``ray.init``, which puts a SIGTERM handler of its own.
     """
 
-    def __init__(self, notify: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, notify: Callable[[str], None] = print, what: str = "saving what is done"
+    ) -> None:
+        """``what`` is said to happen before the end."""
         self._asked = threading.Event()
         self._notify = notify
+        self._what = what
 
     def __call__(self) -> bool:
         return self._asked.is_set()
@@ -34,4 +38,4 @@ class StopRequest:
         if self._asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._asked.set()
-        self._notify("stopping: saving what is done (press Ctrl-C again to stop at once)")
+        self._notify(f"stopping: {self._what} (press Ctrl-C again to stop at once)")

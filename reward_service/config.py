@@ -152,9 +152,12 @@ class RewardServiceConfig(StrictConfig):
     max_chars: int = Field(200_000, ge=1, description="characters in one item")
     max_tokens: int = Field(32_768, ge=1, description="tokens in one item, the context permitting")
     max_body_bytes: int = Field(16 << 20, ge=1024, description="bytes in one request")
-    max_ongoing_requests: int = Field(256, ge=1, description="that a process holds at once")
+    max_ongoing_requests: int = Field(256, ge=1, description="that a replica holds at once")
     max_queued_requests: int = Field(
-        256, ge=1, description="that wait for a process; beyond it requests get a 503"
+        256,
+        ge=1,
+        description="that wait for a replica; an HTTP process that holds as many as both together"
+        " answers further ones with a 503. Reloads, probes and metrics have room beyond it",
     )
     start_timeout_s: float = Field(300.0, gt=0, description="every model must be loaded by then")
     timeout_s: float = Field(120.0, gt=0, description="deadline of one request, retries included")
@@ -170,6 +173,11 @@ class RewardServiceConfig(StrictConfig):
         600.0, ge=0, description="how long an answer to a request with a key is remembered"
     )
     idempotency_entries: int = Field(10_000, ge=1, description="answers remembered at most")
+
+    @property
+    def most_requests(self) -> int:
+        """Requests for scores that one HTTP process holds at once."""
+        return self.max_ongoing_requests + self.max_queued_requests
 
     @property
     def most_replicas(self) -> int:
@@ -230,9 +238,13 @@ class RewardConfig(StrictConfig):
     @model_validator(mode="after")
     def _names_differ(self) -> RewardConfig:
         names = [term.name for term in self.terms]
+        names += [name for term in self.terms if term.models for name in term.members]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two reward terms are called {name!r}: each needs its own name")
+                raise ValueError(
+                    f"two reward terms, or a term and a member of an ensemble, are called "
+                    f"{name!r}: each needs its own name"
+                )
         return self
 
 

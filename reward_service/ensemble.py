@@ -57,6 +57,7 @@ def combine_answers(
         scores=tuple(scores),
         tokens=tuple(map(max, *(a.tokens for a in answers))),
         errors=tuple(errors),
+        members={answer.model: answer.scores for answer in answers},
     )
 
 

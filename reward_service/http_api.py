@@ -32,8 +32,10 @@ from reward_service.http_bodies import (
 from reward_service.http_metrics import CONTENT_TYPE, ServiceMetrics
 from reward_service.http_middleware import (
     AUTHORISED,
+    Admission,
     Authenticated,
     BodyLimit,
+    Door,
     Measured,
     error_answer,
 )
@@ -98,6 +100,7 @@ def build_app(
     *,
     token_digests: Sequence[str] = (),
     metrics: ServiceMetrics | None = None,
+    door: Door | None = None,
 ) -> FastAPI:
     """The FastAPI application over a backend; its document is at ``/openapi.json``."""
     # No interactive pages: they would load scripts from elsewhere.
@@ -107,6 +110,7 @@ def build_app(
     counted = metrics or ServiceMetrics()
     # The one added last sees a request first.
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    app.add_middleware(Admission, door=door or Door(config.most_requests))
     app.add_middleware(Authenticated, token_digests=token_digests)
     app.add_middleware(Measured, metrics=counted)
     app.add_exception_handler(RequestValidationError, _on_invalid)

@@ -1,7 +1,9 @@
-"""What every request passes before a route sees it: measurement, tokens, the size of the body."""
+"""What every request passes before a route sees it: measurement, tokens, room, and the size of the
+body."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
@@ -86,6 +88,63 @@ class Authenticated:
                 await answer(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+class Door:
+    """How many requests for scores are inside, and whether more may come in."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._inside = 0
+        self._closed = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def refusal(self) -> str | None:
+        """Why nobody may come in now, or ``None``."""
+        if self._closed:
+            return "the server is shutting down"
+        return "too many requests wait: try again" if self._inside >= self._most else None
+
+    def enter(self) -> None:
+        self._inside += 1
+        self._empty.clear()
+
+    def leave(self) -> None:
+        self._inside -= 1
+        if not self._inside:
+            self._empty.set()
+
+    async def close(self) -> None:
+        """Let nobody in any more, and return when all have left."""
+        self._closed = True
+        await self._empty.wait()
+
+
+class Admission:
+    """Lets requests for scores in while there is room; the others get a 503 at once.
+
+    Other methods always pass, so that a reload, a probe or a look at the metrics never waits
+    behind the load that it is about. Every request for scores is a POST.
+    """
+
+    def __init__(self, app: App, door: Door) -> None:
+        self._app = app
+        self._door = door
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if (refusal := self._door.refusal) is not None:
+            await error_answer(503, "overloaded", refusal, retry_after_s=2)(scope, receive, send)
+            return
+        self._door.enter()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._door.leave()
 
 
 class BodyLimit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,17 @@ from reward_service.config import RewardServiceConfig
 from reward_service.dispatch import Dispatcher, Handle, asked_again
 from reward_service.http_api import RequestError, build_app
 from reward_service.http_metrics import ServiceMetrics
+from reward_service.http_middleware import Door
 from reward_service.score import ModelScores, ScoreCall
 from reward_service.security import check_binding
 from reward_service.statistics import ModelStatus
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+
+ON_ITS_WAY_S = 0.2
+"""What an ingress has answered is still on its way through the proxy."""
 
 
 class KeyedRequests:
@@ -61,6 +67,7 @@ class Ingress:
         self._token_digests = token_digests
         self._dispatcher = Dispatcher(config, handles)
         self._keyed = keyed
+        self._door = Door(config.most_requests)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         replica = serve.get_replica_context().replica_id.unique_id
@@ -69,7 +76,13 @@ class Ingress:
             self._config,
             token_digests=self._token_digests,
             metrics=ServiceMetrics(ingress=replica),
+            door=self._door,
         )
+
+    async def close(self) -> None:
+        """Refuse further requests for scores; return when those under way are answered."""
+        await self._door.close()
+        await asyncio.sleep(ON_ITS_WAY_S)
 
     @property
     def model_names(self) -> list[str]:

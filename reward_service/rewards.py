@@ -61,14 +61,22 @@ class ModelReward:
         ]
         answer = self._scorer.score(items, self._truncation)
         version = f"{answer.model}@{answer.version}"
-        return [
-            scoring_failure(trajectory, error or "no score")
-            if value is None
-            else Score(sample_id=trajectory.sample_id, value=value, model_version=version)
-            for trajectory, value, error in zip(
-                trajectories, answer.scores, answer.errors, strict=True
+        results: list[Scored] = []
+        rows = zip(trajectories, answer.scores, answer.errors, strict=True)
+        for index, (trajectory, value, error) in enumerate(rows):
+            if value is None:
+                results.append(scoring_failure(trajectory, error or "no score"))
+                continue
+            members = {name: scores[index] for name, scores in answer.members.items()}
+            results.append(
+                Score(
+                    sample_id=trajectory.sample_id,
+                    value=value,
+                    components={n: s for n, s in members.items() if s is not None},
+                    model_version=version,
+                )
             )
-        ]
+        return results
 
 
 class FunctionReward:
@@ -157,8 +165,9 @@ class WeightedSum:
                 value=value,
                 per_token=per_token,
                 components={
-                    name: score.value
+                    part: part_value
                     for (name, _, _), score in zip(self._terms, scores, strict=True)
+                    for part, part_value in {**score.components, name: score.value}.items()
                 },
                 model_version=",".join(s.model_version for s in scores if s.model_version),
             )

@@ -23,7 +23,8 @@ class Score:
         value: The sequence reward. With per-token rewards, their sum.
         per_token: ``[R]`` a reward for each response token (R = sum of r_i), or ``None`` when
             the reward belongs to the sequence as a whole.
-        components: The unweighted value of each term of a weighted sum, by name.
+        components: The unweighted value of each term of a weighted sum, by name; and of each
+            member of an ensemble among them.
         model_version: Which reward model and version gave it, empty for functions.
     """
 
@@ -111,6 +112,7 @@ class ModelScores:
     tokens: tuple[int, ...]
     errors: tuple[str | None, ...]
     per_token: tuple[tuple[float, ...] | None, ...] = ()
+    members: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.per_token and len(self.per_token) != len(self.scores):

@@ -23,7 +23,9 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from reward_service.checkpoint import check_files
@@ -37,6 +39,11 @@ from reward_service.replica import ModelReplica, ReloadTarget
 from reward_service.score import Scorer
 from reward_service.security import check_binding, read_token_digests
 from reward_service.statistics import ModelStatus
+
+logger = logging.getLogger(__name__)
+
+ROOM_BESIDE_SCORES = 64
+"""Requests of other kinds that an ingress holds at once, and those that it is just refusing."""
 
 
 class RewardService:
@@ -192,16 +199,32 @@ class RewardService:
         return status
 
     def shutdown(self) -> None:
-        """Take the application down, and Serve with it when nothing else is deployed."""
+        """Take the application down, and Serve with it when nothing else is deployed.
+
+        Requests under way are answered before, for at most ``shutdown_timeout_s``.
+        """
         if not ray.is_initialized():
             return
         if _serve_client() is None:
             return
+        if self._statuses:  # it was ready once
+            self._close_ingresses()
         ReloadTarget.forget(self._deployment_id)
         if set(serve.status().applications) <= {self._app_name}:
             serve.shutdown()
         else:
             serve.delete(self._app_name)
+
+    def _close_ingresses(self) -> None:
+        # Serve kills its proxies at once when it shuts down, and with them what they wait for.
+        ingresses = serve.get_deployment_handle("Ingress", self._app_name)
+        self._statuses = {}
+        try:
+            ingresses.broadcast("close").results(timeout_s=self._config.shutdown_timeout_s)
+        except (TimeoutError, RayError, RayServeException) as error:
+            logger.warning(
+                "the reward service is taken down with requests under way (%s)", repr(error)
+            )
 
     def _handle(self, name: str) -> DeploymentHandle[Any]:
         return serve.get_deployment_handle(_deployment_name(name), self._app_name)
@@ -283,7 +306,9 @@ def _application(
     keyed = None
     if config.ingress_replicas > 1:
         keyed = serve.deployment(KeyedRequests).options(**light).bind(config, handles)
-    ingress = serve.deployment(Ingress).options(num_replicas=config.ingress_replicas, **light)
+    # The ingress itself refuses what is too much, so that reloads and probes always find room.
+    room = light | {"max_ongoing_requests": config.most_requests + ROOM_BESIDE_SCORES}
+    ingress = serve.deployment(Ingress).options(num_replicas=config.ingress_replicas, **room)
     return ingress.bind(config, token_digests, handles, keyed)
 
 
@@ -345,7 +370,8 @@ def _free_port(host: str, port: int) -> int:
         except OSError as error:
             raise RuntimeError(
                 f"the reward service cannot listen on {host}:{port} ({error.strerror}): end what "
-                "uses that port, or set reward.service.port to another one (0 picks a free one)"
+                "uses that port, or choose another one (--port of `rlhf serve`, or "
+                "reward.service.port; 0 picks a free one)"
             ) from None
         chosen: int = probe.getsockname()[1]
         return chosen

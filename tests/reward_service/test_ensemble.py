@@ -83,6 +83,8 @@ def test_a_term_of_several_models(trajectory) -> None:
     assert [s.value for s in scored if isinstance(s, Score)] == [1.0, 0.5, 5.0]
     assert isinstance(scored[0], Score)
     assert scored[0].model_version == "rm@va+vb"
+    # the members' own scores too, so that the drift of each can be followed
+    assert scored[0].components == {"a": 1.0, "b": 3.0, "rm": 1.0}
     with pytest.raises(ValueError, match=r"needs \['rm.1'\]"):
         build_reward(RewardConfig(terms=(term,)), {"rm.0": one})
 

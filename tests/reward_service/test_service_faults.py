@@ -224,6 +224,7 @@ def test_metrics_are_of_all_replicas(service: RewardService) -> None:
 def scaled(service: RewardService, root: Path) -> Iterator[RewardService]:
     """A second application beside the first, whose calls wait: load without work."""
     config = RewardServiceConfig(
+        models_root=root,
         num_cpus_per_replica=0.1,
         batch_wait_s=0.5,
         max_ongoing_requests=14,
@@ -284,6 +285,32 @@ def test_a_full_queue_answers_503_and_says_when_to_come_back(scaled: RewardServi
     with ThreadPoolExecutor(40) as pool:
         results = list(pool.map(lambda _: scorer.score(ITEMS[:1]).scores[0], range(40)))
     assert len(set(results)) == 1
+
+
+def test_a_reload_does_not_wait_behind_requests_for_scores(
+    scaled: RewardService, expected: dict[str, tuple[float, ...]]
+) -> None:
+    """Many more callers than there is room for, at every moment."""
+    body, stop = {"items": [{"text": "rain"}]}, threading.Event()
+
+    def call() -> set[int]:
+        seen = set()
+        while not stop.is_set():
+            seen.add(post(scaled, body).status_code)
+        return seen
+
+    with ThreadPoolExecutor(60) as pool:
+        callers = [pool.submit(call) for _ in range(60)]
+        try:
+            answers = []
+            for directory in ("two", "one", "two"):
+                time.sleep(0.5)
+                answers.append(put(scaled, "x", directory))  # once: none of them is refused
+        finally:
+            stop.set()
+    assert [a.status_code for a in answers] == [200, 200, 200]
+    assert {a.json()["version"] for a in answers} == set(expected)
+    assert set.union(*(caller.result() for caller in callers)) == {200, 503}
 
 
 def test_a_deadline_is_kept(scaled: RewardService) -> None:
