@@ -142,7 +142,12 @@ class RewardServiceConfig(StrictConfig):
     num_gpus_per_replica: float = Field(0.0, ge=0)
     threads: int = Field(1, ge=1, description="CPU threads of a replica")
     token_budget: int = Field(8192, ge=1, description="padded tokens in one forward pass")
-    batch_wait_s: float = Field(0.005, ge=0, description="how long a batch waits to fill")
+    batch_wait_s: float = Field(
+        0.0,
+        ge=0,
+        description="how long a replica with nothing else to do lets a batch fill; without, it"
+        " begins at once, and what comes meanwhile is the next batch",
+    )
     one_by_one: bool | None = Field(
         None,
         description="a forward pass for each sample, so that a score is the same bit for bit"
