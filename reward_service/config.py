@@ -243,12 +243,14 @@ class RewardConfig(StrictConfig):
     @model_validator(mode="after")
     def _names_differ(self) -> RewardConfig:
         names = [term.name for term in self.terms]
-        names += [name for term in self.terms if term.models for name in term.members]
+        members = [name for term in self.terms if term.models for name in term.members]
         for name in names:
             if names.count(name) > 1:
+                raise ValueError(f"two reward terms are called {name!r}: each needs its own name")
+            if name in members:
                 raise ValueError(
-                    f"two reward terms, or a term and a member of an ensemble, are called "
-                    f"{name!r}: each needs its own name"
+                    f"a reward term and a member of an ensemble are both called {name!r}: rename "
+                    "the term"
                 )
         return self
 

@@ -237,7 +237,7 @@ def test_terms_that_do_not_fit_are_refused() -> None:
     function = "my_rewards:length"
     with pytest.raises(ValueError, match="two reward terms are called 'x'"):
         RewardConfig(terms=(RewardTerm(name="x", function=function),) * 2)
-    with pytest.raises(ValueError, match=r"member of an ensemble, are called 'x\.1'"):
+    with pytest.raises(ValueError, match=r"a member of an ensemble are both called 'x\.1'"):
         RewardConfig(
             terms=(
                 RewardTerm(name="x", models=("a", "b")),
