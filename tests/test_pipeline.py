@@ -84,6 +84,22 @@ def test_every_stage_leaves_what_the_next_needs(run_dir: Path) -> None:
     assert 'src="http' not in page
 
 
+def test_the_drift_of_the_score_is_followed_during_ppo(run_dir: Path) -> None:
+    """Against the distance of SciPy, between the samples as written and the model's reference."""
+    from scipy.stats import wasserstein_distance
+
+    head = json.loads((run_dir / "reward_model" / "reward_head.json").read_text())
+    reference = head["info"]["reference_quantiles"]
+    rows = [json.loads(line) for line in (run_dir / "ppo" / "metrics.jsonl").open()]
+    samples = [json.loads(x) for x in (run_dir / "ppo" / "samples" / "step_000002.jsonl").open()]
+    scores = [sample["components"]["reward_model"] for sample in samples]
+    # eight atoms there, interpolated quantiles here: a part of the spacing of the samples apart
+    assert rows[1]["reward/reward_model_drift"] == pytest.approx(
+        wasserstein_distance(scores, reference), rel=0.2, abs=0.3
+    )
+    assert rows[1]["reward/reward_model_drift"] > 0
+
+
 def test_more_steps_go_on_from_the_last_checkpoint(run_dir: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run_dir, copy)
