@@ -32,13 +32,14 @@ NOT_IN_EVERY_STEP = {
     "samples/failed_<stage>",
     "ppo/engine_correlation",
     "ppo/log_ratio_max",
+    "reward/<model>_drift",
     "weights/megabytes",
     "weights/probe_error_max",
     "weights/reloads",
     "weights/seconds_<part>",
     "weights/verify_share",
 }
-"""Of groups of responses, of filters and failures, and of the engines, which this step has not."""
+"""Of groups of responses, filters and failures, engines and served models, which this step lacks."""
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
 
@@ -91,6 +92,7 @@ def test_every_metric_of_a_step_is_described(changes: dict[str, Any], tiny_llama
 def test_exact_names_come_before_patterns() -> None:
     assert (find("reward/std") or Metric).name == "reward/std"
     assert (find("reward/style") or Metric).name == "reward/<term>"
+    assert (find("reward/both.0_drift") or Metric).name == "reward/<model>_drift"
     assert (find("seconds/broadcast") or Metric).name == "seconds/<phase>"
     assert find("reward/a/b") is None
     assert find("elsewhere/x") is None
