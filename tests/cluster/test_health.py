@@ -39,7 +39,7 @@ NOT_IN_EVERY_STEP = {
     "weights/seconds_<part>",
     "weights/verify_share",
 }
-"""Of groups of responses, filters and failures, engines and served models, which this step lacks."""
+"""Of groups of responses, filters, failures, engines and served models: this step has none."""
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
 
