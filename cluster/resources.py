@@ -82,6 +82,7 @@ def _init_arguments(cluster: ClusterConfig, cpus: float) -> dict[str, Any]:
     # Serve's proxy and controller, and headroom for tasks, on top of the run's own actors.
     logical = max(os.cpu_count() or 1, int(cpus + 0.999) + 2)
     return common | {
+        "address": "local",  # not whatever Ray somebody else has started on this machine
         "num_cpus": logical,
         "include_dashboard": False,
         "object_store_memory": int(cluster.object_store_gib * 2**30),

@@ -9,9 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import RunConfig, build_config
+from cluster.config import ClusterConfig, RunConfig, build_config
 from cluster.hub import local_model
-from cluster.resources import demand, wait_for_room
+from cluster.resources import _init_arguments, demand, wait_for_room
+
+
+def test_a_cluster_that_nobody_named_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would join one that was started on this machine by somebody else, and then fail."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert _init_arguments(ClusterConfig(), 1.0)["address"] == "local"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert _init_arguments(ClusterConfig(), 1.0)["address"] == "10.0.0.1:6379"
+    assert _init_arguments(ClusterConfig(address="auto"), 1.0)["address"] == "auto"
 
 
 def test_demand_counts_every_part() -> None:
