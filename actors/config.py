@@ -131,6 +131,10 @@ class RolloutConfig(StrictConfig):
     num_actors: int = Field(1, ge=1)
     num_cpus_per_actor: float = Field(1.0, ge=0)
     num_gpus_per_actor: float = Field(0.0, ge=0)
+    resources_per_actor: dict[str, float] = Field(
+        default_factory=dict,
+        description="custom resources of nodes for generators, as {rlhf_generator: 1}",
+    )
     start_timeout_s: float = Field(300.0, gt=0, description="an engine must be ready by then")
     sample_timeout_s: float = Field(300.0, gt=0, description="no sample finished for so long")
     update_timeout_s: float = Field(120.0, gt=0, description="a weight update must confirm by then")

@@ -208,6 +208,7 @@ class Fleet:
             name=f"{worker.name}-{uuid.uuid4().hex[:6]}",
             num_cpus=config.num_cpus_per_actor,
             num_gpus=config.num_gpus_per_actor,
+            resources=config.resources_per_actor,
             max_restarts=0,  # Ray would bring it back with the weights of the checkpoint
             scheduling_strategy=strategy,
             runtime_env={"env_vars": engine_environment(config.engine)},

@@ -142,6 +142,7 @@ class CheckpointStore:
             self._sweep()
             partial.mkdir(parents=True)
             what = write(partial)
+            _check_written(partial, what)
             manifest = {
                 "format": FORMAT,
                 "step": step,
@@ -297,6 +298,17 @@ def _read_manifest(path: Path) -> dict[str, Any] | str:
     if written != _digest(manifest):
         return f"its {MANIFEST} does not match its own checksum"
     return manifest
+
+
+def _check_written(directory: Path, what: Mapping[str, str]) -> None:
+    """A learner on a node without this directory writes to its own disk, and says nothing."""
+    missing = [name for name in what if not (directory / name).exists()]
+    if missing:
+        raise RuntimeError(
+            f"{', '.join(missing)} of a checkpoint did not arrive in {directory.parent}: the "
+            "learners see another directory there; put run_dir on storage that every node mounts "
+            "at the same place"
+        )
 
 
 def _describe(directory: Path, what: Mapping[str, str]) -> dict[str, dict[str, Any]]:

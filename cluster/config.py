@@ -31,10 +31,35 @@ class ClusterConfig(StrictConfig):
     """Which Ray cluster to use, and how long to wait for it."""
 
     address: str | None = Field(
-        None, description="'auto', host:port or ray://...; default: start Ray on this machine"
+        None,
+        description="'auto' or host:port; default: RAY_ADDRESS, which every Ray job has, or else"
+        " Ray is started on this machine",
     )
     object_store_gib: float = Field(0.5, gt=0, description="local Ray only")
     placement_timeout_s: float = Field(600.0, gt=0, description="for resources to become free")
+    storage: str | None = Field(
+        None,
+        description="URL of a directory for this run alone (s3://, gs://, file://, ...): the run"
+        " directory is copied there after each checkpoint and stage, and fetched from there by a"
+        " node that has less of it; credentials come from the environment",
+    )
+
+    @model_validator(mode="after")
+    def _storage_is_a_url(self) -> ClusterConfig:
+        if self.storage is None:
+            return self
+        scheme, found, rest = self.storage.partition("://")
+        if not found or not scheme or not rest.strip("/"):
+            raise ValueError(
+                f"cluster.storage {self.storage!r} must be a URL with a path, as "
+                "s3://bucket/runs/mine or file:///shared/runs/mine"
+            )
+        if "@" in rest.partition("/")[0]:
+            raise ValueError(
+                f"cluster.storage holds credentials (before the @ in {scheme}://...): leave them "
+                "to the environment, as AWS_ACCESS_KEY_ID or a machine's own role"
+            )
+        return self
 
 
 class EvaluateConfig(StrictConfig):

@@ -61,6 +61,11 @@ def run_loop(
     missing = [name for name in ("collect", "reward_model", "ppo") if getattr(config, name) is None]
     if missing:
         raise ValueError(f"a round needs the sections {', '.join(missing)}: add them")
+    if config.cluster.storage is not None:
+        raise ValueError(
+            "cluster.storage keeps a copy of one run, not of rounds: put run_dir on storage that "
+            "outlives the machine instead"
+        )
     directory = config.run_dir
     if not resume and any(directory.glob("round-*")):
         raise FileExistsError(

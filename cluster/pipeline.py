@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from cluster.checkpoint import RunLock
 from cluster.config import RunConfig, Stage, write_config
 from cluster.data import RunData
 from cluster.hub import with_local_model
+from cluster.job import check_job
 from cluster.progress import Reporter
 from cluster.session import Session
 from cluster.stages import Workplace
+from cluster.storage import RunMirror
 from cluster.stop import Stopped, StopRequest
 
 TITLES: dict[Stage, str] = {
@@ -69,6 +71,8 @@ class Pipeline:
         self._overwrite = overwrite
         self._reporter = Reporter()
         self._stop = StopRequest(self._reporter.say)
+        self._mirror: RunMirror | None = None
+        check_job(config, self._reporter.warn)
 
     def run(self, only: Stage | None = None) -> None:
         """Run one stage, or all of them and the report.
@@ -84,8 +88,10 @@ class Pipeline:
         directory = self._config.run_dir
         quieten_libraries()
         with RunLock(directory):
+            self._fetch()
             self._check_directory(wanted)
             write_config(self._config, directory / "config.yaml")
+            self._sync(dropped=[n for s in wanted for n in OUTPUTS[s]] if self._overwrite else [])
             self._stop.install()
             with Session(self._config, self._reporter, self._stop) as session:
                 self._run_stages(wanted, session)
@@ -95,8 +101,10 @@ class Pipeline:
         self._config = with_local_model(self._config)
         directory = self._config.run_dir
         with RunLock(directory), Session(self._config, self._reporter, self._stop) as session:
+            self._fetch()
             stages.evaluate(self._workplace(session), models)
             stages.report(self._workplace(session))
+            self._sync()
 
     def train_moderation(self, labels: str) -> None:
         """A classifier from labelled texts, beside the run's reward model."""
@@ -105,6 +113,7 @@ class Pipeline:
         output = directory / "moderation"
         quieten_libraries()
         with RunLock(directory):
+            self._fetch()
             if self._overwrite:
                 _remove(output)
             elif output.exists() and not self._resume:
@@ -117,6 +126,7 @@ class Pipeline:
             self._stop.install()
             with Session(self._config, self._reporter, self._stop) as session:
                 stages.moderation(self._workplace(session), labels)
+            self._sync()
 
     def _run_stages(self, wanted: list[Stage], session: Session) -> None:
         workplace = self._workplace(session)
@@ -130,8 +140,21 @@ class Pipeline:
             summary = RUNNERS[stage](workplace)
             done[stage] = {"seconds": round(time.monotonic() - started, 2), **summary}
             _write_stages(self._config.run_dir, done)
+            self._sync()
             if self._stop():
                 raise Stopped(f"after {TITLES[stage]}; go on with --resume")
+
+    def _fetch(self) -> None:
+        """Go on from the copy at ``cluster.storage`` when it is further than this directory."""
+        url, directory = self._config.cluster.storage, self._config.run_dir
+        if url is not None:
+            self._mirror = RunMirror(url, directory, self._reporter.warn)
+            if self._mirror.fetch():
+                self._reporter.say(f"fetched from {url} into {directory}")
+
+    def _sync(self, dropped: Sequence[str] = ()) -> None:
+        if self._mirror is not None:
+            self._mirror.sync(dropped=dropped, required=True)
 
     def _is_done(self, stage: Stage, done: dict[str, Any]) -> bool:
         """A report is always written anew, and PPO goes on when more steps are asked for."""
@@ -148,6 +171,7 @@ class Pipeline:
             reporter=self._reporter,
             stop=self._stop,
             resume=self._resume,
+            mirror=self._mirror,
         )
 
     def _require_sections(self, wanted: list[Stage]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from cluster.resume import as_json, check_inputs, differences, input_digests
 from cluster.stages import Workplace
 from cluster.step import Sample, failure_row, probe_sequences, sample_row
 from cluster.step_lines import StepLines
+from cluster.storage import RunMirror
 from cluster.stop import Stopped
 from cluster.train import train
 from learner.batch import ScoreScale
@@ -47,6 +49,7 @@ class PPOLog:
         references: The scores that each reward model was normalised on, as quantiles.
         next_step: Step to go on with, counted from 0; lines of it and later ones are cut.
         scale: Of the scores, when a checkpoint has it.
+        mirror: Gets a copy of the run with each checkpoint.
     """
 
     def __init__(
@@ -62,11 +65,13 @@ class PPOLog:
         references: Mapping[str, Sequence[float]],
         watch: Watch,
         warn: Callable[[str], None],
+        mirror: RunMirror | None = None,
     ) -> None:
         self.next_step = next_step
         self.scale = scale
         self._watch = watch
         self._warn = warn
+        self._mirror = mirror
         self._references = references
         self._directory = directory
         self._config = config
@@ -112,6 +117,8 @@ class PPOLog:
                 "score_scale": asdict(self.scale),
             }
             self._store.save(self.next_step, state, self._learners.save, self._metrics)
+            if self._mirror is not None:
+                self._mirror.sync()
 
     def close(self) -> None:
         self._quarantine.close()
@@ -171,6 +178,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
     parts = work.session.parts(policy, config.reward_terms, lambda: make_learners(work))
     rollouts, learners = parts.rollouts, parts.learners
     rollouts.check_prompts(prompts)
+    check_shared(directory, learners)
     start, scale = 0, None
     if checkpoint is not None:
         scale = ScoreScale(**checkpoint.state["score_scale"])
@@ -198,6 +206,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
         references=work.session.score_references(),
         watch=watch,
         warn=work.reporter.warn,
+        mirror=work.mirror,
     )
     work.session.forget_weights()
     with writer, closing(log), work.reporter.bar("PPO") as bar:
@@ -225,6 +234,22 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
     learners.save_policy(final)
     learners.shutdown()
     return {"steps": config.ppo.steps}
+
+
+def check_shared(directory: Path, learners: PPOLearners) -> None:
+    """Learner 0 writes checkpoints and all read them: they must mean this directory.
+
+    Raises:
+        ValueError: A learner runs on a node that has another one, or none, by that path.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".seen-") as file:
+        if not learners.see(Path(file.name)):
+            raise ValueError(
+                f"the learners do not see {directory}: put run_dir on storage that every node "
+                "mounts at the same place; with learners on one node only, the driver can run "
+                "there instead (ray job submit --entrypoint-resources, see docs/cluster.md)"
+            )
 
 
 def make_learners(work: Workplace) -> PPOLearners:

@@ -11,30 +11,43 @@ import logging
 import os
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig, RunConfig
+from cluster.stop import Stopped
 
 
 def demand(config: RunConfig, *, learners: bool) -> dict[str, float]:
-    """CPUs and GPUs that the actors of a run reserve at the same time."""
+    """CPUs, GPUs and custom resources that the actors of a run reserve at the same time."""
     rollout, service, group = config.rollout, config.reward.service, config.learners
     served = sum(len(term.members) for term in config.reward.terms)
     if not config.reward.terms and config.reward_model is not None:
         served = 1
-    replicas = served * service.most_replicas
-    count = group.num_learners if learners else 0
-    return {
-        "CPU": rollout.num_actors * rollout.num_cpus_per_actor
-        + replicas * service.num_cpus_per_replica
-        + count * group.num_cpus_per_learner,
-        "GPU": rollout.num_actors * rollout.num_gpus_per_actor
-        + replicas * service.num_gpus_per_replica
-        + count * group.num_gpus_per_learner,
-    }
+    total: defaultdict[str, float] = defaultdict(float)
+    for count, each in (
+        (
+            rollout.num_actors,
+            {"CPU": rollout.num_cpus_per_actor, "GPU": rollout.num_gpus_per_actor}
+            | rollout.resources_per_actor,
+        ),
+        (
+            served * service.most_replicas,
+            {"CPU": service.num_cpus_per_replica, "GPU": service.num_gpus_per_replica}
+            | service.resources_per_replica,
+        ),
+        (
+            group.num_learners if learners else 0,
+            {"CPU": group.num_cpus_per_learner, "GPU": group.num_gpus_per_learner}
+            | group.resources_per_learner,
+        ),
+    ):
+        for name, amount in each.items():
+            total[name] += count * amount
+    return dict(total)
 
 
 @contextmanager
@@ -58,8 +71,10 @@ def ray_session(config: RunConfig) -> Iterator[bool]:
         # On a busy machine Serve's proxy needs longer than the five seconds after which its
         # controller would replace it, again and again.
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-        _give_token_without_home()
-        ray.init(**_init_arguments(cluster, demand(config, learners=True)["CPU"]))
+        arguments = _init_arguments(cluster, demand(config, learners=True)["CPU"])
+        if "address" not in arguments:
+            _give_token_without_home()
+        ray.init(**arguments)
     try:
         yield started_here
     finally:
@@ -75,9 +90,25 @@ def _give_token_without_home() -> None:
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
+def ray_address(cluster: ClusterConfig) -> str | None:
+    """The cluster to use: the configured one, else ``RAY_ADDRESS``, which every Ray job has.
+
+    Raises:
+        ValueError: It is the address that jobs are submitted to.
+    """
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{address} is where jobs are submitted (RAY_ADDRESS or cluster.address), which a "
+            "driver cannot use: run this by `ray job submit ... -- rlhf ...`, or unset it to start "
+            "Ray on this machine"
+        )
+    return address
+
+
 def _init_arguments(cluster: ClusterConfig, cpus: float) -> dict[str, Any]:
     common: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
-    if address := cluster.address or os.environ.get("RAY_ADDRESS"):
+    if address := ray_address(cluster):
         return common | {"address": address}
     # Serve's proxy and controller, and headroom for tasks, on top of the run's own actors.
     logical = max(os.cpu_count() or 1, int(cpus + 0.999) + 2)
@@ -89,11 +120,17 @@ def _init_arguments(cluster: ClusterConfig, cpus: float) -> dict[str, Any]:
     }
 
 
-def wait_for_room(need: Mapping[str, float], timeout_s: float, say: Callable[[str], None]) -> None:
+def wait_for_room(
+    need: Mapping[str, float],
+    timeout_s: float,
+    say: Callable[[str], None],
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Return when the cluster is large enough for ``need``.
 
     Raises:
         TimeoutError: It did not become large enough; names what is there and what is missing.
+        Stopped: ``stop`` asked to end.
     """
     import ray
 
@@ -113,6 +150,8 @@ def wait_for_room(need: Mapping[str, float], timeout_s: float, say: Callable[[st
             f"{_amounts({name: there.get(name, 0.0) for name in need})}: "
             f"{_amounts(missing)} missing"
         )
+        if stop():
+            raise Stopped("while waiting for resources; go on with --resume")
         now = time.monotonic()
         if now >= deadline:
             raise TimeoutError(

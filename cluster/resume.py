@@ -28,9 +28,11 @@ WITHOUT_EFFECT = (
     "ppo.checkpoint_every", "ppo.keep_*", "ppo.min_trained_share", "ppo.max_skipped_steps",
     "ppo.drift*",
     "rollout.*_timeout_s", "rollout.max_retries", "rollout.retry_pause_s",
-    "rollout.probe_tolerance", "rollout.num_*pus_per_actor", "rollout.engine.gpu_memory*",
+    "rollout.probe_tolerance", "rollout.num_*pus_per_actor", "rollout.resources_per_actor*",
+    "rollout.engine.gpu_memory*", "learners.resources_per_learner*",
     "rollout.engine.weight_transfer", "learners.timeout_s", "learners.num_*pus_per_learner",
     "reward.retry.*", "reward.service.host", "reward.service.port", "reward.service.num_*",
+    "reward.service.resources_per_replica*",
     "reward.service.batch_wait_s", "reward.service.max_*", "reward.service.*timeout_s",
 )  # fmt: skip
 """Settings of which the result of PPO does not depend on a single bit."""

@@ -17,7 +17,13 @@ from types import TracebackType
 from actors.rollout import RolloutPool
 from cluster.config import RunConfig
 from cluster.progress import Reporter
-from cluster.resources import demand, ray_session, stop_listening_to_ray, wait_for_room
+from cluster.resources import (
+    demand,
+    ray_address,
+    ray_session,
+    stop_listening_to_ray,
+    wait_for_room,
+)
 from cluster.stop import StopRequest
 from learner.group import PPOLearners
 from reward_service.config import RewardConfig, RewardTerm
@@ -59,6 +65,8 @@ class Session:
     def connect(self, *, learners: bool = False) -> None:
         """Connect to Ray and wait until it is large enough for what comes."""
         if not self._connected:
+            if address := ray_address(self._config.cluster):
+                self._reporter.say(f"using the Ray cluster at {address}")
             self._owns_ray = self._stack.enter_context(ray_session(self._config))
             self._connected = True
             # Ended last, just before Ray: its long polls would complain in between.
@@ -69,6 +77,7 @@ class Session:
             demand(self._config, learners=learners),
             self._config.cluster.placement_timeout_s,
             self._reporter.say,
+            self._stop,
         )
 
     def rollouts(self, model: Path) -> RolloutPool:

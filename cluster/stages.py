@@ -18,6 +18,7 @@ from cluster.data import RunData
 from cluster.metrics import MetricsWriter
 from cluster.progress import Reporter
 from cluster.session import Session
+from cluster.storage import RunMirror
 from cluster.stop import Stopped, StopRequest
 
 Summary = dict[str, Any]
@@ -33,6 +34,7 @@ class Workplace:
     reporter: Reporter
     stop: StopRequest
     resume: bool
+    mirror: RunMirror | None = None
 
     @property
     def run_dir(self) -> Path:

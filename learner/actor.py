@@ -39,6 +39,9 @@ class PPOLearnerActor(PPOLearner):
 
         return os.getpid()
 
+    def sees(self, file: Path) -> bool:
+        return file.is_file()
+
     # ---- weights out ---------------------------------------------------------------------------
 
     def export_policy(

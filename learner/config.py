@@ -170,6 +170,10 @@ class LearnersConfig(StrictConfig):
     num_learners: int = Field(1, ge=0, description="remote learners; 0 trains in the driver")
     num_cpus_per_learner: float = Field(1.0, ge=0)
     num_gpus_per_learner: float = Field(0.0, ge=0)
+    resources_per_learner: dict[str, float] = Field(
+        default_factory=dict,
+        description="custom resources of nodes for learners, as {rlhf_learner: 1}",
+    )
     threads: int = Field(1, ge=1, description="CPU threads of a learner")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one update")
 

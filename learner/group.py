@@ -144,6 +144,10 @@ class PPOLearners:
             "save_policy", [{"directory": Path(directory)}], self._timeout_s, may_refuse=True
         )
 
+    def see(self, file: Path) -> bool:
+        """Whether every learner finds ``file`` where its node has that path."""
+        return all(self._call("sees", [{"file": Path(file)}] * self.learners))
+
     def process_ids(self) -> list[int]:
         """Operating-system process of each learner."""
         return self._call("process_id", [{}] * self.learners)
@@ -197,6 +201,7 @@ def _build_group(setup: PPOSetup) -> StrictLearnerGroup:
             num_learners=options.num_learners,
             num_cpus_per_learner=options.num_cpus_per_learner,
             num_gpus_per_learner=options.num_gpus_per_learner,
+            custom_resources_per_learner=options.resources_per_learner,
             learner_class=PPOLearnerActor,
         )
         .debugging(seed=None)

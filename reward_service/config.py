@@ -140,6 +140,10 @@ class RewardServiceConfig(StrictConfig):
     )
     num_cpus_per_replica: float = Field(0.5, ge=0)
     num_gpus_per_replica: float = Field(0.0, ge=0)
+    resources_per_replica: dict[str, float] = Field(
+        default_factory=dict,
+        description="custom resources of nodes for reward models, as {rlhf_reward: 1}",
+    )
     threads: int = Field(1, ge=1, description="CPU threads of a replica")
     token_budget: int = Field(8192, ge=1, description="padded tokens in one forward pass")
     batch_wait_s: float = Field(

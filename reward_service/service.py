@@ -290,6 +290,7 @@ def _application(
         ray_actor_options={
             "num_cpus": config.num_cpus_per_replica,
             "num_gpus": config.num_gpus_per_replica,
+            "resources": config.resources_per_replica,
             "runtime_env": {"env_vars": environment},
         },
         **limits,
