@@ -21,8 +21,8 @@ from cluster.job import check_job
 from cluster.progress import Reporter
 from cluster.session import Session
 from cluster.stages import Workplace
-from cluster.storage import RunMirror
 from cluster.stop import Stopped, StopRequest
+from cluster.storage import RunMirror
 
 TITLES: dict[Stage, str] = {
     "pretrain": "Base model",

@@ -20,13 +20,14 @@ from cluster.checkpoint import CheckpointStore
 from cluster.config import RunConfig
 from cluster.drift_watch import FIGURES
 from cluster.health import Watch, is_coarse
+from cluster.live_metrics import LiveMetrics
 from cluster.metrics import MetricsWriter
 from cluster.resume import as_json, check_inputs, differences, input_digests
 from cluster.stages import Workplace
 from cluster.step import Sample, failure_row, probe_sequences, sample_row
 from cluster.step_lines import StepLines
-from cluster.storage import RunMirror
 from cluster.stop import Stopped
+from cluster.storage import RunMirror
 from cluster.train import train
 from learner.batch import ScoreScale
 from learner.config import PPOConfig
@@ -72,6 +73,7 @@ class PPOLog:
         self._watch = watch
         self._warn = warn
         self._mirror = mirror
+        self._live = LiveMetrics(directory.parent.name)
         self._references = references
         self._directory = directory
         self._config = config
@@ -93,6 +95,7 @@ class PPOLog:
         self._store.chosen_metric(metrics)  # said in the first step, not at the first checkpoint
         metrics = {**metrics, **score_drift(samples, self._references)}
         self._writer.write(done, metrics, total=self._config.steps)
+        self._live.show(done, metrics)
         told = {figure.metric for figure in FIGURES}  # by the loop's own DriftWatch
         rest = {name: value for name, value in metrics.items() if name not in told}
         for sentence in self._watch.step(done, rest):

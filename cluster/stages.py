@@ -18,8 +18,8 @@ from cluster.data import RunData
 from cluster.metrics import MetricsWriter
 from cluster.progress import Reporter
 from cluster.session import Session
-from cluster.storage import RunMirror
 from cluster.stop import Stopped, StopRequest
+from cluster.storage import RunMirror
 
 Summary = dict[str, Any]
 

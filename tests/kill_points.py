@@ -299,12 +299,13 @@ def ppo_points(place: Path, skip: set[str]) -> Iterator[tuple[str, list[str]]]:
         {"name": "scorer", "model": str(scorer), "weight": 0.1},
     ]
 
-    def configure(name: str) -> Path:
+    def configure(name: str, **cluster: Any) -> Path:
         reward = {"terms": terms, "retry": {"pause_s": 0.0}}
         small = {"steps": 6, "checkpoint_every": 2, "prompts_per_step": 4}
         ppo = OPTIONS | small
         short = {"max_new_tokens": 4}
-        return write_config(place, place / name, model, reward=reward, ppo=ppo, sampling=short)
+        sections = {"reward": reward, "ppo": ppo, "sampling": short, "cluster": cluster}
+        return write_config(place, place / name, model, **sections)
 
     reference = configure("reference")
     if code := run(reference, "ppo", resume=False):
@@ -321,6 +322,8 @@ def ppo_points(place: Path, skip: set[str]) -> Iterator[tuple[str, list[str]]]:
             wrong.append(end_of(config))
         yield name, wrong + differences(place / "reference", place / f"run{number}")
     yield "a flipped bit, twice killed", twice(configure("twice"), place)
+    storage = f"file://{place}/copy"
+    yield "killed, with its directory lost", moved(configure("moved", storage=storage), place)
 
 
 OPTIONS = {
@@ -344,6 +347,20 @@ def twice(config: Path, place: Path) -> list[str]:
     if "is damaged (optimizers.safetensors does not match its checksum)" not in log:
         wrong.append(f"the flipped bit was not reported: {log}")
     return wrong + differences(place / "reference", run_dir)
+
+
+def moved(config: Path, place: Path) -> list[str]:
+    """Killed in step 5, on a machine that takes its disk along; the copy is all there is."""
+    run_dir = place / config.stem
+    ended = [run(config, "ppo", resume=False, kill=before(ModuleTrainer, "_step", nth(37)))]
+    shutil.rmtree(run_dir)
+    ended.append(run(config, "ppo", resume=True))
+    log = config.with_suffix(".log").read_text()
+    wrong = [] if ended == [-9, 0] else [f"the runs ended with {ended}: {log[-2000:]}"]
+    if "going on after step 4" not in log:
+        wrong.append(f"it began anew: {log[-2000:]}")
+    wrong += differences(place / "reference", run_dir)
+    return wrong + [f"copy: {text}" for text in differences(run_dir, place / "copy")]
 
 
 def supervised_points(place: Path, skip: set[str]) -> Iterator[tuple[str, list[str]]]:

@@ -31,6 +31,7 @@ class Head:
     """Where the head's job API answers, and what its users need in their environment."""
 
     url: str
+    metrics_url: str
     token: str
     environment: dict[str, str]
     log: Path
@@ -46,6 +47,19 @@ class Head:
     def logs(self, submission_id: str) -> str:
         answer = self.get(f"/api/jobs/{submission_id}/logs", token=self.token)
         return str(answer.json()["logs"])
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.metrics_url}/metrics", timeout=30.0).text
+
+    def submit(self, submission_id: str, entrypoint: str, *, like: str) -> httpx.Response:
+        """Submit by the API, with the code that another job has brought."""
+        body = {
+            "submission_id": submission_id,
+            "entrypoint": entrypoint,
+            "runtime_env": self.job(like)["runtime_env"],
+        }
+        headers = {"Authorization": f"Bearer {self.token}"}
+        return httpx.post(f"{self.url}/api/jobs/", json=body, headers=headers, timeout=60.0)
 
     def run(self, *command: str, timeout_s: float = 300.0) -> subprocess.CompletedProcess[str]:
         """A command of somebody who works with this cluster, from the top of the repository."""
@@ -63,7 +77,9 @@ class Head:
         deadline = time.monotonic() + timeout_s
         while (job := self.job(submission_id))["status"] in ("PENDING", "RUNNING"):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"job {submission_id}: {job}\n{self.logs(submission_id)[-3000:]}")
+                raise TimeoutError(
+                    f"job {submission_id}: {job}\n{self.logs(submission_id)[-3000:]}"
+                )
             time.sleep(0.2)
         return job
 
@@ -104,6 +120,7 @@ def _start(place: Path, resources: dict[str, float]) -> tuple[Head, subprocess.P
         "RAY_USAGE_STATS_ENABLED": "0",
         # A raylet gives up when its agent is not there after some seconds of a busy machine.
         "RAY_agent_register_timeout_ms": "200000",
+        "RAY_metrics_report_interval_ms": "1000",
         MARK: f"{os.getpid()}-{time.monotonic_ns()}",
     }
     gcs, dashboard, agent, client, metrics = _free_ports(5)
@@ -118,8 +135,14 @@ def _start(place: Path, resources: dict[str, float]) -> tuple[Head, subprocess.P
     ]  # fmt: skip
     with log.open("w") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=place)
-    url = f"http://127.0.0.1:{dashboard}"
-    return Head(url=url, token=token, environment=environment, log=log), process
+    head = Head(
+        url=f"http://127.0.0.1:{dashboard}",
+        metrics_url=f"http://127.0.0.1:{metrics}",
+        token=token,
+        environment=environment,
+        log=log,
+    )
+    return head, process
 
 
 def _is_ready(head: Head, process: subprocess.Popen[bytes]) -> bool:

@@ -188,7 +188,9 @@ def capacities() -> dict[str, dict[str, float]]:
         found[name] = _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
     return {
         name: {
-            resource: sum(t["max_workers"] * t["resources"].get(resource, 0) for t in kinds.values())
+            resource: sum(
+                t["max_workers"] * t["resources"].get(resource, 0) for t in kinds.values()
+            )
             for resource in {"CPU", "GPU", *ROLES}
         }
         for name, kinds in found.items()

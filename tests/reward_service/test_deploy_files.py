@@ -12,7 +12,6 @@ from reward_service.config import ServeApplicationConfig, check_names
 from tests.kuberay import ROOT, schema_of
 
 
-
 def serve_configs() -> dict[str, dict[str, Any]]:
     manifest = yaml.safe_load((ROOT / "deploy" / "rayservice.yaml").read_text())
     return {
