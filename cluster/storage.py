@@ -6,7 +6,7 @@ run that starts with less than lies there fetches it first. A copy may break off
 
 - a checkpoint's ``manifest.json`` is written after its files and deleted before them, and the files
   must match its checksums, so half a checkpoint is none;
-- ``metrics.jsonl`` and its like are written before the manifest and cut to the checkpoint by resume;
+- ``metrics.jsonl`` and its like are written before the manifest, and resume cuts them to it;
 - ``stages.json``, which says that a stage is finished, is written after what the stage made;
 - ``config.yaml`` is fetched last: a directory without it is fetched again.
 """

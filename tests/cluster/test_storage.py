@@ -187,7 +187,7 @@ def test_a_failure_that_matters_is_an_error(tmp_path: Path) -> None:
     begin(run)
     (tmp_path / "copy").write_text("a file where the directory should be")
     mirror = RunMirror(f"file://{tmp_path}/copy/run", run, no_warning)
-    with pytest.raises(OSError, match="it is whole in .*run: run the same command with --resume"):
+    with pytest.raises(OSError, match=r"it is whole in .*run: run the same command with --resume"):
         mirror.sync(required=True)
 
 
