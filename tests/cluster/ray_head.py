@@ -127,7 +127,7 @@ def _start(place: Path, resources: dict[str, float]) -> tuple[Head, subprocess.P
     log = place / "head.log"
     command = [
         str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats",
-        "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--temp-dir={place}/ray",
+        f"--port={gcs}", f"--temp-dir={place}/ray",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
         f"--ray-client-server-port={client}", f"--metrics-export-port={metrics}",
         "--num-cpus=8", f"--resources={json.dumps(resources)}",
