@@ -71,10 +71,9 @@ def ray_session(config: RunConfig) -> Iterator[bool]:
         # On a busy machine Serve's proxy needs longer than the five seconds after which its
         # controller would replace it, again and again.
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
-        arguments = _init_arguments(cluster, demand(config, learners=True)["CPU"])
-        if "address" not in arguments:
+        if ray_address(cluster) is None:  # a cluster that is there has its token already
             _give_token_without_home()
-        ray.init(**arguments)
+        ray.init(**_init_arguments(cluster, demand(config, learners=True)["CPU"]))
     try:
         yield started_here
     finally:
