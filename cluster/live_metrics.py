@@ -36,9 +36,11 @@ class LiveMetrics:
         for name, value in {**metrics, "step": step}.items():
             if name not in self._gauges:
                 known = find(name)
+                meaning = known.meaning if known else "PPO steps that are finished."
                 self._gauges[name] = Gauge(
                     PREFIX + _plain(name),
-                    description=known.meaning if known else "PPO steps that are finished.",
+                    # Ray takes nothing but ASCII here.
+                    description=meaning.replace("Δ", "delta ").encode("ascii", "ignore").decode(),
                     tag_keys=("run",),
                 )
             self._gauges[name].set(value, {"run": self._run})

@@ -245,5 +245,6 @@ def wait_for_gauge(head: Head, pattern: str) -> None:
     """Return when Ray's own Prometheus endpoint has a line like ``pattern``."""
     deadline = time.monotonic() + 120
     while not re.search(pattern, text := head.metrics()):
+        assert head.job("ppo-1")["status"] == "RUNNING", head.logs("ppo-1")
         assert time.monotonic() < deadline, text
         time.sleep(0.3)
