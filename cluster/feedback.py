@@ -25,6 +25,7 @@ from reward_service.feedback.formats import (
     preference_rows,
     row_entry,
 )
+from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.raters import rater_quality
 from reward_service.feedback.store import Entry, FeedbackStore
 from reward_service.feedback.tasks import task_of_pair
@@ -90,9 +91,15 @@ def import_files(
                 entries.append(Entry(judgement=judgement))
     if items is not None:
         digest.update(_hash(items).encode())
+    config = run_config(run_dir).collect or CollectConfig()
     with FeedbackStore(store_location(run_dir)) as store:
         return import_entries(
-            store, entries, manifest_hash=digest.hexdigest(), form=form, masking=masking
+            store,
+            entries,
+            manifest_hash=digest.hexdigest(),
+            form=form,
+            masking=masking,
+            scanner=scanner_of(config.people.privacy),
         )
 
 
@@ -103,6 +110,7 @@ def import_tasks(run_dir: Path, files: Sequence[Path], *, gold: bool, masking: b
         ValueError: A row is wrong, or an item of the same id shows something else.
     """
     config = run_config(run_dir).collect or CollectConfig()
+    scanner = scanner_of(config.people.privacy)
     tasks = []
     for path in files:
         _check_manifest(path)
@@ -114,7 +122,7 @@ def import_tasks(run_dir: Path, files: Sequence[Path], *, gold: bool, masking: b
                 answer = {"choice": said.choice}
             pair = item_pair(row.values, row.where)
             task = task_of_pair(pair, overlap=config.people.overlap, gold=answer)
-            tasks.append(masked_task(task) if masking else task)
+            tasks.append(masked_task(task, scanner) if masking else task)
     with FeedbackStore(store_location(run_dir)) as store:
         return Assignments(store, config.people).add_tasks(tasks)
 

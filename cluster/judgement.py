@@ -38,6 +38,7 @@ from reward_service.feedback.collect import (
     pairs_between,
     pairs_of_samples,
 )
+from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.store import FeedbackStore
 from reward_service.feedback.tasks import Task
 
@@ -121,6 +122,7 @@ def from_judges(work: Workplace, config: CollectConfig) -> dict[str, Any]:
 
 def from_people(work: Workplace, config: CollectConfig) -> dict[str, Any]:
     """Samples judged by people in a browser; waits until they have."""
+    scanner_of(config.people.privacy)  # what is missing for it is told before anything is written
     with open_store(work.config) as store:
         if store.database.read(lambda c: open_answers(c, config.round))[1] == 0:
             add_tasks(store, config, people_tasks(work, config))
