@@ -21,6 +21,7 @@ from reward_service.feedback.formats import (
     Format,
     entry_row,
     item_pair,
+    item_task,
     preference_row,
     preference_rows,
     row_entry,
@@ -28,7 +29,6 @@ from reward_service.feedback.formats import (
 from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.raters import rater_quality
 from reward_service.feedback.store import Entry, FeedbackStore
-from reward_service.feedback.tasks import task_of_pair
 from reward_service.feedback.transfer import Imported, import_entries, masked_task
 
 Say = Callable[[str], None]
@@ -104,7 +104,7 @@ def import_files(
 
 
 def import_tasks(run_dir: Path, files: Sequence[Path], *, gold: bool, masking: bool) -> int:
-    """Pairs to be judged, or with a known answer, into the queue; how many were new.
+    """What is to be judged, or has a known answer, into the queue; how many were new.
 
     Raises:
         ValueError: A row is wrong, or an item of the same id shows something else.
@@ -115,13 +115,13 @@ def import_tasks(run_dir: Path, files: Sequence[Path], *, gold: bool, masking: b
     for path in files:
         _check_manifest(path)
         for row in read_rows(str(path), "train"):
-            answer = None
-            if gold:
-                known = {"annotator_id": "gold", **row.values}
-                said = row_entry(known, {}, row.where).judgement
-                answer = {"choice": said.choice}
-            pair = item_pair(row.values, row.where)
-            task = task_of_pair(pair, overlap=config.people.overlap, gold=answer)
+            task = item_task(
+                row.values,
+                row.where,
+                gold=gold,
+                overlap=config.people.overlap,
+                criteria=config.people.criteria,
+            )
             tasks.append(masked_task(task, scanner) if masking else task)
     with FeedbackStore(store_location(run_dir)) as store:
         return Assignments(store, config.people).add_tasks(tasks)

@@ -253,6 +253,18 @@ def test_ratings_and_rankings(store: FeedbackStore, kind: str) -> None:
     assert list(store.rankings()[0].ranking) == [shown[1], shown[0], shown[3], shown[2]]
 
 
+def test_differences_stay_shown_until_they_are_hidden(app) -> None:
+    _, token = people.invite(app.state.page.store.database, days=1)
+    visitor = Visitor(app)
+    assert "<mark>" not in visitor.sign_in(token)
+    html = visitor.client.get("/judge?diff=1").text
+    html = visitor.post("/judge", html, choice="tie").text
+    assert "<mark>" in html
+    assert ENGLISH["plain"] in html
+    visitor.client.get("/judge?diff=0")
+    assert "<mark>" not in visitor.client.get("/judge").text
+
+
 def test_differences_keep_the_texts_and_mark_words() -> None:
     first, second = difference("Rain fell on Riverton.", "Snow fell on  Riverton, again.")
     assert "".join(p.text for p in first) == "Rain fell on Riverton."
