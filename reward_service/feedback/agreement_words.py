@@ -60,8 +60,8 @@ _SUMMARY: Mapping[Language, Mapping[str, str]] = {
         "swayed": " Position or length clearly sways {names}.",
     },
     "zh": {
-        "alone": "{judges}比较了{items}；没有一对被两人看过，因此无法得知一致程度。",
-        "percent": "{judges}比较了{items}。两人看同一对时，{percent:.0%} 的情况回答相同",
+        "alone": "{judges}比较了 {items}；没有一对被两人看过，因此无法得知一致程度。",
+        "percent": "{judges}比较了 {items}。两人看同一对时，{percent:.0%} 的情况回答相同",
         "one_choice": "，但所有人只用了一个选项，没有作出区分。",
         "coefficients": "（Krippendorff alpha {alpha}，Gwet AC1 {ac1}）：{words}。",
         "harsh": "某个选项过于常见，alpha 在此偏低：AC1 更为公允。",
