@@ -58,7 +58,11 @@ def rater_quality(store: FeedbackStore) -> list[RaterQuality]:
     """Everybody who judged something, most judgements first."""
     query = select(tasks.c.task_id, tasks.c.gold).where(tasks.c.gold.is_not(None))
     gold = store.database.read(lambda c: {r.task_id: r.gold for r in c.execute(query)})
-    history = [*store.comparison_history(), *store.rating_history(), *store.ranking_history()]
+    history: list[Entry[Any]] = [
+        *store.comparison_history(),
+        *store.rating_history(),
+        *store.ranking_history(),
+    ]
     return quality_of(history, gold)
 
 

@@ -152,7 +152,7 @@ def test_an_interrupted_collection_keeps_what_was_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On resume the policy may write other texts: the ones that judges saw are what counts."""
-    config = CollectConfig(quality="reward_service.examples:length_and_diversity")
+    config = CollectConfig(quality="reward_service.examples:story_quality")
     work = workplace(tmp_path)
     work.config = RunConfig(run_dir=tmp_path, collect=config)
     work.data = SimpleNamespace(prompts=lambda: [RawPrompt(prompt_id="p0", text="?")])
