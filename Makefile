@@ -58,6 +58,8 @@ lock: $(VENV)/.dev
 	  requirements/cpu.in --output-file requirements/cpu.txt
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-annotate --no-header \
 	  --constraint requirements/cpu.txt requirements/dev.in --output-file requirements/dev.txt
+	$(BIN)/uv pip compile --quiet --python-version 3.11 --no-annotate --no-header \
+	  --constraint requirements/cpu.txt requirements/privacy.in --output-file requirements/privacy.txt
 
 clean:
 	rm -rf $(VENV)

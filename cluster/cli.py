@@ -302,7 +302,7 @@ def ppo(**options: Any) -> None:
     multiple=True,
     metavar="NAME=DIR",
     help="A checkpoint to compare; repeat it. The first is the baseline. "
-    "Default: sft and ppo of this run.",
+    "Default: the policy before and after PPO.",
 )
 def evaluate(models: tuple[str, ...], **options: Any) -> None:
     """Compare checkpoints on held-out prompts.

@@ -42,8 +42,8 @@ def feedback() -> None:
     type=click.Choice(["votes", "trl", "openrlhf", "items", "gold"]),
     default="votes",
     show_default=True,
-    help="votes, trl, openrlhf: judgements, as export writes them; items: pairs to be judged by "
-    "people; gold: pairs with a known choice, to measure people by.",
+    help="votes, trl, openrlhf: judgements, as export writes them; items: pairs, texts to rate or "
+    "to rank for people to judge; gold: the same with a known answer, to measure people by.",
 )
 @click.option(
     "--items",

@@ -171,6 +171,19 @@ class RunConfig(StrictConfig):
         return self.run_dir / "sft" if self.sft is not None else self.base_model
 
     @property
+    def policy_names(self) -> tuple[str, str]:
+        """What tables call the policy before and after PPO.
+
+        A round of ``rlhf loop`` starts from what the one before left, so its policies are numbered,
+        as in the judgements: round N makes ``policy-(N+1)`` of ``policy-N``.
+        """
+        if self.collect is not None and self.collect.round:
+            return f"policy-{self.collect.round}", f"policy-{self.collect.round + 1}"
+        if self.sft is not None:
+            return "sft", "ppo"
+        return "base" if self.pretrain is not None else "reference", "ppo"
+
+    @property
     def reward_terms(self) -> tuple[RewardTerm, ...]:
         """The configured terms; by default the reward model that this run trains."""
         if self.reward.terms:

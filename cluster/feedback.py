@@ -21,13 +21,14 @@ from reward_service.feedback.formats import (
     Format,
     entry_row,
     item_pair,
+    item_task,
     preference_row,
     preference_rows,
     row_entry,
 )
+from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.raters import rater_quality
 from reward_service.feedback.store import Entry, FeedbackStore
-from reward_service.feedback.tasks import task_of_pair
 from reward_service.feedback.transfer import Imported, import_entries, masked_task
 
 Say = Callable[[str], None]
@@ -90,31 +91,38 @@ def import_files(
                 entries.append(Entry(judgement=judgement))
     if items is not None:
         digest.update(_hash(items).encode())
+    config = run_config(run_dir).collect or CollectConfig()
     with FeedbackStore(store_location(run_dir)) as store:
         return import_entries(
-            store, entries, manifest_hash=digest.hexdigest(), form=form, masking=masking
+            store,
+            entries,
+            manifest_hash=digest.hexdigest(),
+            form=form,
+            masking=masking,
+            scanner=scanner_of(config.people.privacy),
         )
 
 
 def import_tasks(run_dir: Path, files: Sequence[Path], *, gold: bool, masking: bool) -> int:
-    """Pairs to be judged, or with a known answer, into the queue; how many were new.
+    """What is to be judged, or has a known answer, into the queue; how many were new.
 
     Raises:
         ValueError: A row is wrong, or an item of the same id shows something else.
     """
     config = run_config(run_dir).collect or CollectConfig()
+    scanner = scanner_of(config.people.privacy)
     tasks = []
     for path in files:
         _check_manifest(path)
         for row in read_rows(str(path), "train"):
-            answer = None
-            if gold:
-                known = {"annotator_id": "gold", **row.values}
-                said = row_entry(known, {}, row.where).judgement
-                answer = {"choice": said.choice}
-            pair = item_pair(row.values, row.where)
-            task = task_of_pair(pair, overlap=config.people.overlap, gold=answer)
-            tasks.append(masked_task(task) if masking else task)
+            task = item_task(
+                row.values,
+                row.where,
+                gold=gold,
+                overlap=config.people.overlap,
+                criteria=config.people.criteria,
+            )
+            tasks.append(masked_task(task, scanner) if masking else task)
     with FeedbackStore(store_location(run_dir)) as store:
         return Assignments(store, config.people).add_tasks(tasks)
 

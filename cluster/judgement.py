@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,7 @@ from reward_service.feedback.collect import (
     pairs_between,
     pairs_of_samples,
 )
+from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.store import FeedbackStore
 from reward_service.feedback.tasks import Task
 
@@ -109,7 +111,7 @@ def from_judges(work: Workplace, config: CollectConfig) -> dict[str, Any]:
 
     with open_store(work.config) as store, work.reporter.bar("judge") as bar:
         comparisons = collect_judgements(
-            pairs,
+            as_stored(store, pairs),
             perceived,
             config.judge,
             store,
@@ -119,8 +121,18 @@ def from_judges(work: Workplace, config: CollectConfig) -> dict[str, Any]:
     return agreement_report(comparisons, quality=perceived, seed=work.config.seed)
 
 
+def as_stored(store: FeedbackStore, pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs that an interrupted collection has stored already, as they are there.
+
+    What was judged stays, and a sample need not come out the same twice (in other batches).
+    """
+    known = {pair.item_id: pair for pair in store.pairs()}
+    return [known.get(pair.item_id, pair) for pair in pairs]
+
+
 def from_people(work: Workplace, config: CollectConfig) -> dict[str, Any]:
     """Samples judged by people in a browser; waits until they have."""
+    scanner_of(config.people.privacy)  # what is missing for it is told before anything is written
     with open_store(work.config) as store:
         if store.database.read(lambda c: open_answers(c, config.round))[1] == 0:
             add_tasks(store, config, people_tasks(work, config))
@@ -233,6 +245,8 @@ def from_demonstrations(work: Workplace, config: CollectConfig) -> dict[str, Any
         preferred(d, other, "shuffled") for d, other in swapped_responses(demonstrations[half:])
     ]
     with open_store(work.config) as store:
+        stored = as_stored(store, [c.pair for c in comparisons])
+        comparisons = [replace(c, pair=p) for c, p in zip(comparisons, stored, strict=True)]
         store.add_comparisons(comparisons)
     return agreement_report(comparisons, seed=work.config.seed)
 

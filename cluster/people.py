@@ -20,6 +20,7 @@ from reward_service.comparison import Candidate, Pair
 from reward_service.config import CollectConfig
 from reward_service.feedback.agreement_report import agreement_report, rating_report
 from reward_service.feedback.assignment import Assignments, open_answers
+from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.selection import most_uncertain, uncertainty
 from reward_service.feedback.store import FeedbackStore
 from reward_service.feedback.tasks import Task, task_of_pair
@@ -35,8 +36,9 @@ SIDES: tuple[Literal["a", "b"], ...] = ("a", "b")
 
 def add_tasks(store: FeedbackStore, config: CollectConfig, tasks: Sequence[Task]) -> int:
     """Tasks into the queue, personal data in them masked; how many were new."""
-    assignments = Assignments(store, config.people)
-    return assignments.add_tasks([masked_task(task) for task in tasks])
+    scanner = scanner_of(config.people.privacy)
+    masked = [masked_task(task, scanner) for task in tasks]
+    return Assignments(store, config.people).add_tasks(masked)
 
 
 def comparison_tasks(

@@ -87,6 +87,7 @@ def render(run: RunFiles) -> str:
     environment.filters["svg"] = Markup
     return environment.get_template(TEMPLATE).render(
         name=run.directory.resolve().name,
+        loop=loop_of(run.directory),
         language=outcome.language_of(run),
         lede=outcome.lede(run),
         stations=stations(run),
@@ -103,6 +104,13 @@ def render(run: RunFiles) -> str:
         problems=run.problems,
         packages=packages(),
     )
+
+
+def loop_of(directory: Path) -> str | None:
+    """Name of the ``rlhf loop`` that a run is a round of; its page is one directory up."""
+    path = directory.resolve()
+    is_round = re.fullmatch(r"round-\d{2,}", path.name) and (path.parent / "config.yaml").is_file()
+    return path.parent.name if is_round else None
 
 
 def command(run: RunFiles, stage: str) -> str:

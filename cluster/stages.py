@@ -185,7 +185,8 @@ def evaluate(work: Workplace, models: dict[str, Path] | None = None) -> Summary:
     from cluster.evaluation import write_evaluation
 
     config = work.config
-    chosen = models or {"sft": config.policy_model, "ppo": work.run_dir / "ppo" / "final"}
+    before, after = config.policy_names
+    chosen = models or {before: config.policy_model, after: work.run_dir / "ppo" / "final"}
     evaluation = compare_checkpoints(work, chosen)
     write_evaluation(work.run_dir, evaluation)
     return {"checkpoints": list(chosen)}

@@ -291,6 +291,44 @@ class JudgeConfig(StrictConfig):
         return self
 
 
+class PrivacyConfig(StrictConfig):
+    """What finds personal data in texts, so that it is masked before they are stored."""
+
+    scanner: Literal["patterns", "presidio"] = Field(
+        "patterns",
+        description="patterns: our own, by form and check digits; presidio: its recognisers"
+        " besides (pip install ray-rlhf[privacy])",
+    )
+    entities: tuple[str, ...] = Field(
+        ("CRYPTO", "MEDICAL_LICENSE", "PHONE_NUMBER", "UK_NHS", "US_ITIN", "US_SSN"),
+        min_length=1,
+        description="what presidio looks for, by its names; PERSON, LOCATION and ORGANIZATION"
+        " need a spacy_pipeline",
+    )
+    threshold: float = Field(
+        0.4, ge=0, le=1, description="presidio's score from which a finding is masked"
+    )
+    spacy_pipeline: str | None = Field(
+        None, description="an installed spaCy pipeline (en_core_web_lg) or a directory of one"
+    )
+
+    @model_validator(mode="after")
+    def _stays_offline(self) -> PrivacyConfig:
+        # Presidio's recognisers of these fetch a list of domains from the internet.
+        if {"EMAIL_ADDRESS", "URL"} & set(self.entities):
+            raise ValueError(
+                "privacy.entities: leave out EMAIL_ADDRESS, which the patterns find, and URL, "
+                "which is not personal by itself"
+            )
+        named = {"PERSON", "LOCATION", "ORGANIZATION", "NRP"} & set(self.entities)
+        if named and self.spacy_pipeline is None:
+            raise ValueError(
+                f"privacy.entities {', '.join(sorted(named))} need privacy.spacy_pipeline: no "
+                "pattern could know a name"
+            )
+        return self
+
+
 class PeopleConfig(StrictConfig):
     """Judgement by people in a browser."""
 
@@ -324,6 +362,7 @@ class PeopleConfig(StrictConfig):
     consent: str | None = Field(
         None, description="text file that people agree to before they begin; default: our own"
     )
+    privacy: PrivacyConfig = PrivacyConfig()
     retention_days: int = Field(
         365, ge=1, description="judgements of people, and their accounts, are deleted after it"
     )

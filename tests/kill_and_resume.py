@@ -45,15 +45,15 @@ KINDS: dict[Kind, dict[str, Any]] = {
 
 
 class Run:
-    """One process of ``rlhf ppo``."""
+    """One process of ``rlhf ppo``, or of another command."""
 
-    def __init__(self, config: Path, *, resume: bool) -> None:
+    def __init__(self, config: Path, *, resume: bool, command: str = "ppo") -> None:
         self.run_dir = config.with_suffix("")
         self.mark = f"{config.stem}-{os.getpid()}-{time.monotonic_ns()}"
         self.log = config.with_suffix(".log")
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", "--debug", "ppo", "-c", str(config)]
+                [sys.executable, "-m", "cluster.cli", "--debug", command, "-c", str(config)]
                 + ["--resume"] * resume,
                 cwd=ROOT,
                 env=os.environ | {MARK: self.mark, "RAY_AUTH_MODE": "disabled"},

@@ -22,21 +22,10 @@ from reward_service.feedback.agreement import (
     percent_agreement,
     wilson_interval,
 )
+from reward_service.feedback.agreement_words import reading, summary
 from reward_service.feedback.judges import Quality
 
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
-
-READINGS = {
-    "percent": "Two judges of the same item say the same in {value:.0%} of cases; by chance alone"
-    " some of that would happen too.",
-    "cohen": "Of the agreement of two judges that chance leaves open, they reach {value:.0%}.",
-    "fleiss": "Of the agreement of all judges that chance leaves open, they reach {value:.0%}; a"
-    " rare choice makes it harsh.",
-    "alpha": "1 is perfect, 0 is chance: {words}.",
-    "graded_alpha": "The same with 'slightly' nearer to a tie than 'by far': {words}.",
-    "ac1": "1 is perfect, 0 is chance, and a rare choice does not hurt it: {words}.",
-}
-"""How to read each coefficient."""
 
 
 def agreement_report(
@@ -89,7 +78,7 @@ def agreement_report(
         ],
         "majority_accuracy": None if quality is None else _accuracy(items, quality),
     }
-    report["summary"] = _summary(report)
+    report["summary"] = summary(report)
     return report
 
 
@@ -182,7 +171,7 @@ def measured(
         "low": low,
         "high": high,
         "n": int((counted >= 2).sum()),
-        "reading": READINGS[name].format(value=value, words=_words(value)),
+        "reading": reading(name, value),
     }
 
 
@@ -273,60 +262,3 @@ def _accuracy(items: Items, quality: Quality) -> dict[str, Any] | None:
         if winner in ("a", "b") and a != b:
             hits.append(float((winner == "a") == (a > b)))
     return _share(hits)
-
-
-def _summary(report: dict[str, Any]) -> str:
-    """One paragraph in plain words."""
-    many = f"{_number(report['judges'], 'judge')} compared {_number(report['items'], 'pair')}"
-    percent, alpha, ac1 = report["percent"], report["alpha"], report["ac1"]
-    if percent is None:
-        return f"{many}; no pair was seen by two of them, so their agreement is unknown."
-    text = f"{many}. Two judges of a pair say the same in {percent['value']:.0%} of cases"
-    if alpha is None:
-        return text + ", but all use one choice only, so nothing was told apart."
-    text += f" (Krippendorff's alpha {_with_interval(alpha)}, Gwet's AC1 {_with_interval(ac1)}): "
-    text += _words(alpha["value"]) + "."
-    if ac1["value"] - alpha["value"] > 0.2:
-        text += " One choice is so common that alpha is harsh here: AC1 is the fairer figure."
-    if report["leave_one_out"] is not None:
-        text += (
-            f" One judge agrees with the majority of the others in "
-            f"{report['leave_one_out']['value']:.0%} of pairs: about the best that a reward model "
-            "can reach against single judgements."
-        )
-    if report["majority_accuracy"] is not None:
-        text += (
-            f" Where the majority prefers one, it is the truly better one in "
-            f"{report['majority_accuracy']['value']:.0%}."
-        )
-    swayed = [j["judge"] for j in report["per_judge"] if _is_swayed(j)]
-    if swayed:
-        text += f" Position or length clearly sways {', '.join(swayed)}."
-    return text
-
-
-def _is_swayed(judge: dict[str, Any]) -> bool:
-    first, longer = judge["first_share"], judge["longer_excess"]
-    by_position = first is not None and not first["low"] <= 0.5 <= first["high"]
-    return by_position or (longer is not None and not longer["low"] <= 0.0 <= longer["high"])
-
-
-def _words(alpha: float) -> str:
-    """Krippendorff's own bounds: 0.8 to rely on, 0.667 for tentative conclusions."""
-    if alpha >= 0.8:
-        return "judgements to rely on"
-    if alpha >= 0.667:
-        return "enough agreement for tentative conclusions"
-    if alpha >= 0.2:
-        return "agreement well beyond chance, but many pairs are matters of taste or noise"
-    return "hardly more agreement than chance: look at the guidelines and the pairs"
-
-
-def _with_interval(measured: dict[str, Any]) -> str:
-    if measured["low"] is None:
-        return f"{measured['value']:.2f}"
-    return f"{measured['value']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]"
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -16,6 +16,7 @@ from reward_service.comparison import Annotator, Pair
 from reward_service.config import PeopleConfig
 from reward_service.feedback.database import Database
 from reward_service.feedback.leases import Assignment, Leases, assignment_of, joined, settle
+from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.privacy import mask
 from reward_service.feedback.schema import actions, assignments, settings, tasks
 from reward_service.feedback.store import FeedbackStore, now
@@ -60,6 +61,7 @@ class Assignments:
         self._config = config
         self._clock = clock
         self._leases = Leases(config, clock, seed)
+        self._scanner = scanner_of(config.privacy)
 
     def add_tasks(self, new: Sequence[Task]) -> int:
         """Put tasks into the queue; how many were new. The pairs of comparisons are stored too.
@@ -174,7 +176,7 @@ class Assignments:
             self._leases.count(connection, given, taken=-int(given.state == "leased"))
             if state == "flagged":
                 self._flag(connection, given, 1)
-            self._log(connection, given, state, reason, mask(comment.strip()).text)
+            self._log(connection, given, state, reason, mask(comment.strip(), self._scanner).text)
             return True
 
         return self._database.write(write)

@@ -4,13 +4,14 @@
                 votes of others: an item, a person, a choice.
 ``trl``         TRL's preference format: prompt, chosen, rejected; messages where the item has them
 ``openrlhf``    OpenRLHF's: chosen and rejected as whole dialogues
-``items``       pairs without judgements, to be judged
-``gold``        pairs with the known answer, to measure people by
+``items``       what is to be judged: pairs, texts to rate, texts to rank
+``gold``        the same with the known answer, to measure people by
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from actors.trajectory import Message
@@ -25,6 +26,7 @@ from reward_service.comparison import (
 )
 from reward_service.feedback.collect import given_preference
 from reward_service.feedback.store import Entry
+from reward_service.feedback.tasks import Answer, Task, checked_answer, task_of_pair
 
 Format = Literal["votes", "trl", "openrlhf"]
 """Formats of judgements; ``items`` and ``gold`` are read into tasks."""
@@ -99,6 +101,46 @@ def row_entry(row: Values, items: Mapping[str, Pair], where: str) -> Entry[Any]:
         withdrawn=bool(row.get("withdrawn", False)),
         repeat=int(row.get("repeat") or 0),
     )
+
+
+def item_task(
+    row: Values, where: str, *, gold: bool, overlap: int, criteria: Sequence[str]
+) -> Task:
+    """A row of a file of items, or of gold items, as a task.
+
+    Args:
+        row: A pair (a, b); with ``kind`` rating a response, with ``kind`` ranking candidates. A
+            gold item has its answer besides: choice, ``ratings`` {criterion: 1-5}, or ranking.
+
+    Raises:
+        ValueError: A field is missing or has no meaning; the message begins with ``where``.
+    """
+    kind = row.get("kind", "comparison")
+    answer: Answer = {}
+    try:
+        if kind == "comparison":
+            task = task_of_pair(_pair(row), overlap=overlap)
+            if gold:
+                answer = {"choice": _choice(row)}
+        elif kind in ("rating", "ranking"):
+            item_id = _text(row, "item_id", "id")
+            task = Task(
+                task_id=item_id,
+                kind=kind,
+                prompt_id=str(row.get("prompt_id") or item_id),
+                prompt=_text(row, "prompt", "instruction"),
+                messages=_messages(row.get("messages") or ()),
+                candidates=(_response(row),) if kind == "rating" else _candidates(row),
+                overlap=overlap,
+            )
+            if gold:
+                name = "ratings" if kind == "rating" else "ranking"
+                answer = {name: _first(row, name)}
+        else:
+            raise ValueError(f"kind must be comparison, rating or ranking, got {kind!r}")
+        return replace(task, gold=checked_answer(task, answer, criteria)) if gold else task
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def item_pair(row: Values, where: str) -> Pair:
@@ -225,17 +267,32 @@ def _pair(row: Values) -> Pair:
 
 def _comparison(row: Values, items: Mapping[str, Pair]) -> Comparison:
     item_id = _text(row, "item_id", "id")
-    given = str(_first(row, "choice", "vote", "label")).strip().lower()
-    if given not in _CHOICES:
-        raise ValueError(f"choice must be a, b, tie or both_bad, got {given!r}")
     return Comparison(
         pair=items[item_id] if item_id in items else _pair(row),
         annotator=_annotator(row),
-        choice=_CHOICES[given],
+        choice=_choice(row),
         strength=int(row.get("strength") or 1),
         shown_first="b" if row.get("shown_first") == "b" else "a",
         seconds=float(row.get("seconds") or 0.0),
         created_at=_optional(row, "created_at"),
+    )
+
+
+def _choice(row: Values) -> Choice:
+    given = str(_first(row, "choice", "vote", "label")).strip().lower()
+    if given not in _CHOICES:
+        raise ValueError(f"choice must be a, b, tie or both_bad, got {given!r}")
+    return _CHOICES[given]
+
+
+def _response(row: Values) -> Candidate:
+    return Candidate(text=_text(row, "response", "text"), model=_optional(row, "model"))
+
+
+def _candidates(row: Values) -> tuple[Candidate, ...]:
+    return tuple(
+        Candidate(text=_text(c, "text"), model=_optional(c, "model"))
+        for c in _first(row, "candidates")
     )
 
 
@@ -245,7 +302,7 @@ def _rating(row: Values) -> Rating:
         item_id=item_id,
         prompt_id=str(row.get("prompt_id") or item_id),
         prompt=_text(row, "prompt", "instruction"),
-        response=Candidate(text=_text(row, "response", "text"), model=_optional(row, "model")),
+        response=_response(row),
         annotator=_annotator(row),
         criterion=_optional(row, "criterion") or "quality",
         value=int(_first(row, "value", "rating", "score")),
@@ -260,10 +317,7 @@ def _ranking(row: Values) -> Ranking:
         prompt_id=str(row.get("prompt_id") or item_id),
         prompt=_text(row, "prompt"),
         messages=_messages(row.get("messages") or ()),
-        candidates=tuple(
-            Candidate(text=_text(c, "text"), model=_optional(c, "model"))
-            for c in _first(row, "candidates")
-        ),
+        candidates=_candidates(row),
         annotator=_annotator(row),
         ranking=tuple(int(n) for n in _first(row, "ranking")),
         seconds=float(row.get("seconds") or 0.0),

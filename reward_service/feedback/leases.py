@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from sqlalchemy import Connection, Select, and_, exists, select
@@ -238,6 +239,7 @@ def settle(connection: Connection, task_id: str) -> None:
         )
 
 
+@cache  # to build it costs more than to run it
 def joined() -> Select[Any]:
     """Assignments with their tasks; columns of both under their own names."""
     own = [c.label(f"given_{c.name}") for c in assignments.columns]

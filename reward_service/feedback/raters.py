@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sqlalchemy import select
 
-from reward_service.comparison import Comparison
+from reward_service.comparison import Comparison, Ranking
 from reward_service.feedback.agreement import wilson_interval
 from reward_service.feedback.schema import tasks
 from reward_service.feedback.store import Entry, FeedbackStore, identity
+from reward_service.feedback.tasks import Answer
 
 FAST = 3.5
 """Robust standard scores below which a person is unusually fast (Iglewicz and Hoaglin 1993)."""
@@ -34,7 +36,7 @@ class RaterQuality:
     """One person's figures; ``None`` where there is no case.
 
     Attributes:
-        gold: How often right on items with a known answer.
+        gold: How often right on items with a known answer (see ``agree``).
         self_consistency: How often the second look at an item says the same as the first.
         first_share: How often what was shown first wins; 0.5 without bias.
         longer_share: How often the longer one wins; longer may simply be better.
@@ -53,52 +55,90 @@ class RaterQuality:
 
 
 def rater_quality(store: FeedbackStore) -> list[RaterQuality]:
-    """Everybody who compared something, most judgements first."""
+    """Everybody who judged something, most judgements first."""
     query = select(tasks.c.task_id, tasks.c.gold).where(tasks.c.gold.is_not(None))
-    known = store.database.read(lambda c: {r.task_id: r.gold for r in c.execute(query)})
-    gold = {task: answer["choice"] for task, answer in known.items() if "choice" in answer}
-    return quality_of(store.comparison_history(), gold)
+    gold = store.database.read(lambda c: {r.task_id: r.gold for r in c.execute(query)})
+    history: list[Entry[Any]] = [
+        *store.comparison_history(),
+        *store.rating_history(),
+        *store.ranking_history(),
+    ]
+    return quality_of(history, gold)
 
 
-def quality_of(history: Sequence[Entry[Comparison]], gold: dict[str, str]) -> list[RaterQuality]:
-    """As ``rater_quality``, of a history and the known choices of gold items."""
-    looks: dict[str, dict[tuple[str, int], Comparison]] = defaultdict(dict)
+def quality_of(history: Sequence[Entry[Any]], gold: Mapping[str, Answer]) -> list[RaterQuality]:
+    """As ``rater_quality``, of a history and the known answers of gold items."""
+    looks: dict[str, dict[tuple[str, int], Look]] = defaultdict(lambda: defaultdict(dict))
     for entry in history:
-        item, who, _ = identity(entry.judgement)
+        item, who, criterion = identity(entry.judgement)
+        look = looks[who][item, entry.repeat]
         if entry.withdrawn:
-            looks[who].pop((item, entry.repeat), None)
+            look.pop(criterion, None)
         else:
-            looks[who][item, entry.repeat] = entry.judgement
-    pace = {
-        who: float(np.median([math.log(max(0.1, c.seconds)) for c in own.values()]))
-        for who, own in looks.items()
-        if own and any(c.seconds > 0 for c in own.values())
+            look[criterion] = entry.judgement
+    said = {who: {place: look for place, look in own.items() if look} for who, own in looks.items()}
+    timed = {
+        who: [math.log(max(0.1, s)) for look in own.values() if (s := _seconds(look)) > 0]
+        for who, own in said.items()
     }
+    pace = {who: float(np.median(values)) for who, values in timed.items() if values}
     slow = _robust_scores(pace)
     found = [
-        _one(who, own, gold, pace.get(who), slow.get(who, 0.0)) for who, own in looks.items() if own
+        _one(who, own, gold, pace.get(who), slow.get(who, 0.0)) for who, own in said.items() if own
     ]
     return sorted(found, key=lambda quality: -quality.judgements)
 
 
+def agree(one: Answer, other: Answer) -> bool:
+    """The same choice, the same best text, or ratings within one point on each criterion."""
+    if "choice" in one:
+        return bool(one["choice"] == other["choice"])
+    if "ranking" in one:
+        return bool(one["ranking"][0] == other["ranking"][0])
+    return all(
+        abs(value - other["ratings"][criterion]) <= 1
+        for criterion, value in one["ratings"].items()
+        if criterion in other["ratings"]
+    )
+
+
+Look = dict[str, Any]
+"""What one person said in one look at an item: criterion ("" without one) -> judgement."""
+
+
+def _answer(look: Look) -> Answer:
+    said = next(iter(look.values()))
+    if isinstance(said, Comparison):
+        return {"choice": said.choice}
+    if isinstance(said, Ranking):
+        return {"ranking": said.ranking}
+    return {"ratings": {criterion: rating.value for criterion, rating in look.items()}}
+
+
+def _seconds(look: Look) -> float:
+    """Ratings have no time of their own."""
+    return float(getattr(next(iter(look.values())), "seconds", 0.0))
+
+
 def _one(
     who: str,
-    own: dict[tuple[str, int], Comparison],
-    gold: dict[str, str],
+    own: Mapping[tuple[str, int], Look],
+    gold: Mapping[str, Answer],
     pace: float | None,
     score: float,
 ) -> RaterQuality:
-    first_looks = {item: c for (item, repeat), c in own.items() if repeat == 0}
-    again = {item: c for (item, repeat), c in own.items() if repeat == 1}
-    decided = [c for c in own.values() if c.choice in ("a", "b")]
+    first = {item: _answer(look) for (item, repeat), look in own.items() if repeat == 0}
+    again = {item: _answer(look) for (item, repeat), look in own.items() if repeat == 1}
+    compared = [c for look in own.values() for c in look.values() if isinstance(c, Comparison)]
+    decided = [c for c in compared if c.choice in ("a", "b")]
     lengths = [(c, len(c.pair.a.text) - len(c.pair.b.text)) for c in decided]
     seconds = None if pace is None else math.exp(pace)
     return RaterQuality(
         annotator_id=who,
         judgements=len(own),
-        gold=_ratio([c.choice == gold[i] for i, c in first_looks.items() if i in gold]),
+        gold=_ratio([agree(answer, gold[item]) for item, answer in first.items() if item in gold]),
         self_consistency=_ratio(
-            [first_looks[i].choice == c.choice for i, c in again.items() if i in first_looks]
+            [agree(first[item], answer) for item, answer in again.items() if item in first]
         ),
         first_share=_ratio([c.choice == c.shown_first for c in decided]),
         longer_share=_ratio([(c.choice == "a") == (d > 0) for c, d in lengths if d]),

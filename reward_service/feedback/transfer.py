@@ -14,7 +14,7 @@ from sqlalchemy import Connection, select
 from actors.trajectory import Message
 from reward_service.comparison import Annotator, Candidate, Comparison, Pair, Ranking, Rating
 from reward_service.feedback.erasure import erased
-from reward_service.feedback.privacy import mask, scan
+from reward_service.feedback.privacy import Scanner, mask, scan
 from reward_service.feedback.schema import imports, settings, tasks
 from reward_service.feedback.store import Entry, FeedbackStore, now
 from reward_service.feedback.tasks import Task, row_of_task
@@ -46,6 +46,7 @@ def import_entries(
     manifest_hash: str,
     form: str,
     masking: bool = True,
+    scanner: Scanner = scan,
 ) -> Imported:
     """Add judgements, all or none.
 
@@ -53,8 +54,9 @@ def import_entries(
         manifest_hash: SHA-256 of the files; kept with the import.
         masking: Replace personal data in texts, and names of people that are personal data by
             pseudonyms that only this store can make.
+        scanner: What finds personal data.
     """
-    cleaner = _Cleaner(_salt(store)) if masking else None
+    cleaner = _Cleaner(_salt(store), scanner) if masking else None
     cleaned = [entry if cleaner is None else cleaner.entry(entry) for entry in entries]
 
     def write(connection: Connection) -> Imported:
@@ -89,8 +91,9 @@ def import_entries(
 class _Cleaner:
     """Masks texts and counts what it found."""
 
-    def __init__(self, salt: str) -> None:
+    def __init__(self, salt: str, scanner: Scanner) -> None:
         self._salt = salt
+        self._scanner = scanner
         self.found = 0
 
     def entry(self, entry: Entry[Any]) -> Entry[Any]:
@@ -109,7 +112,7 @@ class _Cleaner:
 
     def _annotator(self, annotator: Annotator) -> Annotator:
         name = annotator.annotator_id
-        if annotator.kind == "human" and scan(name):
+        if annotator.kind == "human" and self._scanner(name):
             digest = hmac.new(self._salt.encode(), name.encode(), hashlib.sha256).hexdigest()
             name = f"person-{digest[:12]}"
         return replace(annotator, annotator_id=name)
@@ -130,14 +133,14 @@ class _Cleaner:
         return tuple(Message(role=m["role"], content=self.text(m["content"])) for m in messages)
 
     def text(self, text: str) -> str:
-        masked = mask(text)
+        masked = mask(text, self._scanner)
         self.found += len(masked.findings)
         return masked.text
 
 
-def masked_task(task: Task) -> Task:
+def masked_task(task: Task, scanner: Scanner = scan) -> Task:
     """A task with personal data masked, for storage."""
-    cleaner = _Cleaner("")
+    cleaner = _Cleaner("", scanner)
     return replace(
         task,
         prompt=cleaner.text(task.prompt),

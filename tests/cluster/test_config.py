@@ -100,6 +100,7 @@ def test_the_quickstart_preset_is_valid_in_both_languages() -> None:
     for language in ("en", "zh"):
         config = quickstart_config(run_dir=Path("runs/q"), language=language, seed=1)
         assert config.policy_model == Path("runs/q/sft")
+        assert config.policy_names == ("sft", "ppo")
         assert config.reward_terms[0].model == "runs/q/reward_model"
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from sqlalchemy import Connection, select
 
 from cluster.cli import main
 from cluster.feedback import STORE
 from reward_service.comparison import Annotator, Candidate, Comparison, Pair, Ranking, Rating
+from reward_service.feedback import schema
 from reward_service.feedback.agreement import Codes, cohen_kappa
 from reward_service.feedback.agreement_report import agreement_report
 from reward_service.feedback.store import Entry, FeedbackStore
@@ -207,6 +209,39 @@ def test_items_and_gold_become_tasks(tmp_path: Path) -> None:
     with FeedbackStore(run / STORE) as store:
         assert store.gold_items() == {"2"}
         assert [p.prompt for p in store.pairs()] == ["mail [email]"] * 2
+    rating = {"kind": "rating", "id": "4", "prompt": "?", "response": "call +44 20 7946 0958"}
+    candidates = [{"text": text} for text in "xyz"]
+    ranking = {"kind": "ranking", "id": "5", "prompt": "?", "candidates": candidates}
+    known = [
+        {**rating, "ratings": {"quality": 4, "diversity": 2}},
+        {**ranking, "ranking": [2, 0, 1]},
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in known))
+    assert "2 new items" in rlhf("import", "--run", run, "--format", "gold", file)
+    others = [{**rating, "id": "6"}, {**ranking, "id": "7"}]
+    file.write_text("".join(json.dumps(r) + "\n" for r in others))
+    assert "2 new items" in rlhf("import", "--run", run, "--format", "items", file)
+    with FeedbackStore(run / STORE) as store:
+        assert store.gold_items() == {"2", "4", "5"}
+        rows = {r["task_id"]: r for r in store.database.read(tasks_of)}
+    assert rows["4"]["gold"] == {"ratings": {"quality": 4, "diversity": 2}}
+    assert rows["5"]["gold"] == {"ranking": [2, 0, 1]}
+    assert rows["6"]["content"]["candidates"][0]["text"] == "call [phone]"
+    assert (rows["7"]["kind"], rows["7"]["gold"]) == ("ranking", None)
+    for wrong, said in (
+        ({**rating, "id": "8", "ratings": {"quality": 4}}, "each of quality, diversity"),
+        ({**ranking, "id": "8", "ranking": [0, 0, 1]}, "a place of its own"),
+        ({**rating, "id": "8"}, "the row has no ratings"),
+        ({**rating, "kind": "essay"}, "kind must be"),
+    ):
+        file.write_text(json.dumps(wrong) + "\n")
+        message = rlhf("import", "--run", run, "--format", "gold", file, code=1)
+        assert "items.jsonl:1: " in message
+        assert said in message
+
+
+def tasks_of(connection: Connection) -> list[dict]:
+    return [dict(r) for r in connection.execute(select(schema.tasks)).mappings()]
 
 
 def test_published_kappas_of_three_raters(shared_data: Path, tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ def test_a_round_begins_where_the_one_before_ended(config: RunConfig) -> None:
     assert first.collect is not None
     assert first.collect.opponents == {}
     assert first.collect.least_sure_of == ()
+    assert (first.policy_names, third.policy_names) == (
+        ("policy-1", "policy-2"), ("policy-3", "policy-4")
+    ), "a round's policies are neither SFT nor the only PPO"  # fmt: skip
     assert third.run_dir == loop / "round-03"
     assert third.policy_model == loop / "round-02" / "ppo" / "final"
     assert third.collect is not None

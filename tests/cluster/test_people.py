@@ -9,7 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from actors.datasets import RawPrompt
 from actors.trajectory import Trajectory
+from cluster import judgement
 from cluster import people as run_side
 from cluster.config import RunConfig
 from cluster.feedback import prioritise
@@ -144,3 +146,32 @@ def test_overwrite_does_not_throw_away_what_people_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds what people said"):
         Pipeline(config, resume=False, overwrite=True).run(only="collect")
     assert (tmp_path / "feedback.sqlite").exists()
+
+
+def test_an_interrupted_collection_keeps_what_was_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On resume the policy may write other texts: the ones that judges saw are what counts."""
+    config = CollectConfig(quality="reward_service.examples:story_quality")
+    work = workplace(tmp_path)
+    work.config = RunConfig(run_dir=tmp_path, collect=config)
+    work.data = SimpleNamespace(prompts=lambda: [RawPrompt(prompt_id="p0", text="?")])
+
+    def candidates(texts: list[str]) -> list[Pair]:
+        return [
+            Pair(
+                item_id=f"policy:p0#{n}", prompt_id="p0", prompt="?",
+                a=Candidate(text=text), b=Candidate(text="rain rain"),
+            )
+            for n, text in enumerate(texts)
+        ]  # fmt: skip
+
+    written = candidates(["storm", "river"])
+    monkeypatch.setattr(judgement, "candidate_pairs", lambda *_: (written, []))
+    before = judgement.from_judges(work, config)
+    written = candidates(["storm", "another river", "bank"])
+    after = judgement.from_judges(work, config)
+    assert (before["items"], after["items"]) == (2, 3)
+    with judgement.open_store(work.config) as store:
+        assert [p.a.text for p in store.pairs()] == ["storm", "river", "bank"]
+        assert len(store.comparisons()) == after["comparisons"]

@@ -10,7 +10,7 @@ import pytest
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from reward_service.comparison import Annotator, Candidate, Comparison, Pair
+from reward_service.comparison import Annotator, Candidate, Comparison, Pair, Ranking, Rating
 from reward_service.feedback.aggregate import (
     bradley_terry,
     consensus,
@@ -138,7 +138,7 @@ def test_quality_of_people_by_hand() -> None:
         Entry(judgement=said(3, "x", "a", seconds=4.0)),
         Entry(judgement=said(3, "x", "a", seconds=4.0), withdrawn=True),
     ]
-    (found,) = quality_of(history, {"i9": "a", "i1": "a"})
+    (found,) = quality_of(history, {"i9": {"choice": "a"}, "i1": {"choice": "a"}})
     assert found.judgements == 5
     assert (found.gold.value, found.gold.n) == (0.5, 2)
     assert (found.self_consistency.value, found.self_consistency.n) == (0.5, 2)
@@ -147,6 +147,47 @@ def test_quality_of_people_by_hand() -> None:
     assert (found.longer_share.value, found.longer_share.n) == (0.25, 4)
     assert found.seconds == pytest.approx(4.0)
     assert not found.too_fast
+
+
+def test_gold_and_second_looks_of_ratings_and_rankings_by_hand() -> None:
+    who = Annotator(annotator_id="x", kind="human")
+    texts = tuple(Candidate(text=t) for t in "uvw")
+
+    def rated(item: str, criterion: str, value: int, repeat: int = 0) -> Entry[Rating]:
+        rating = Rating(
+            item_id=item, prompt_id="p", prompt="?", response=texts[0], annotator=who,
+            criterion=criterion, value=value,
+        )  # fmt: skip
+        return Entry(judgement=rating, repeat=repeat)
+
+    def ranked(item: str, *ranking: int) -> Entry[Ranking]:
+        return Entry(
+            judgement=Ranking(
+                item_id=item, prompt_id="p", prompt="?", candidates=texts, annotator=who,
+                ranking=ranking, seconds=8.0,
+            )
+        )  # fmt: skip
+
+    history = [
+        rated("r1", "quality", 4), rated("r1", "style", 2),  # within one of 5 and 2: right
+        rated("r2", "quality", 5), rated("r2", "style", 4),  # two from 2: wrong
+        rated("r1", "quality", 2, repeat=1), rated("r1", "style", 2, repeat=1),  # 4, then 2
+        ranked("k1", 1, 0, 2),  # the same best as 1, 2, 0: right
+        ranked("k2", 0, 1, 2),
+    ]  # fmt: skip
+    gold = {
+        "r1": {"ratings": {"quality": 5, "style": 2}},
+        "r2": {"ratings": {"quality": 5, "style": 2}},
+        "k1": {"ranking": [1, 2, 0]},
+    }
+    (found,) = quality_of(history, gold)
+    assert found.judgements == 5, "a look at an item is one judgement, whatever the criteria"
+    assert (found.gold.value, found.gold.n) == (pytest.approx(2 / 3), 3)
+    assert (found.self_consistency.value, found.self_consistency.n) == (0, 1)
+    assert found.seconds == pytest.approx(8.0)
+    assert found.first_share is None
+    withdrawn = [replace(e, withdrawn=True) for e in history]
+    assert quality_of([*history, *withdrawn], gold) == []
 
 
 def test_speed_outliers_stand_out() -> None:

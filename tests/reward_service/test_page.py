@@ -253,6 +253,18 @@ def test_ratings_and_rankings(store: FeedbackStore, kind: str) -> None:
     assert list(store.rankings()[0].ranking) == [shown[1], shown[0], shown[3], shown[2]]
 
 
+def test_differences_stay_shown_until_they_are_hidden(app) -> None:
+    _, token = people.invite(app.state.page.store.database, days=1)
+    visitor = Visitor(app)
+    assert "<mark>" not in visitor.sign_in(token)
+    html = visitor.client.get("/judge?diff=1").text
+    html = visitor.post("/judge", html, choice="tie").text
+    assert "<mark>" in html
+    assert ENGLISH["plain"] in html
+    visitor.client.get("/judge?diff=0")
+    assert "<mark>" not in visitor.client.get("/judge").text
+
+
 def test_differences_keep_the_texts_and_mark_words() -> None:
     first, second = difference("Rain fell on Riverton.", "Snow fell on  Riverton, again.")
     assert "".join(p.text for p in first) == "Rain fell on Riverton."
@@ -294,3 +306,28 @@ def test_an_administrator_sees_people_flags_and_pauses(app, store: FeedbackStore
     assert admin.post("/admin/revoke", page, name="boss").status_code == 422
     admin.post("/admin/revoke", page, name=name)
     assert rater.client.get("/judge").url.path == "/"
+
+
+def test_the_administrators_page_in_chinese(app, store: FeedbackStore) -> None:
+    """Nothing but names, coefficients and texts of models is left in English."""
+    for choice in ("first_2", "second_1"):
+        rater = Visitor(app)
+        html = rater.sign_in(people.invite(store.database, days=1)[1])
+        for _ in range(5):
+            html = rater.post("/judge", html, choice=choice).text
+        rater.post("/aside", html, action="flag", reason="broken")
+    admin = Visitor(app, language="zh-CN")
+    admin.sign_in(people.invite_again(store.database, "boss", role="administrator", days=1))
+    html = admin.client.get("/admin").text
+    html = admin.post("/admin/invite", html).text
+    assert "10 / 12" in html or "10 / 10" in html
+    assert "2 位评判者比较了" in html
+    assert "几乎不高于偶然" in html or "明显高于偶然" in html or "结论" in html
+    # The texts, the names of tags and attributes, and what is written for the machine.
+    html = re.sub(r"<style.*?</style>|<details>.*?</details>|<[^>]*>", " ", html, flags=re.DOTALL)
+    words = set(re.findall(r"[A-Za-z]{3,}", html))
+    names = {i.annotator_id for i in people.invitations(store.database)}
+    letters = {w for name in names for w in re.findall(r"[A-Za-z]{3,}", name)}
+    models = {"secret", "model"}
+    known = {"English", "Cohen", "Fleiss", "Krippendorff", "Gwet", "Bradley", "Terry"}
+    assert words - letters - models - known <= {"kappa", "alpha", "logit"}

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
 from reward_service.feedback import overview, people
+from reward_service.feedback.agreement_words import reading, summary
 from reward_service.feedback.assignment import set_paused
 from reward_service.feedback.page.judging import page_of, render
-from reward_service.feedback.page.session import Administrator, Form, field
+from reward_service.feedback.page.session import Administrator, Form, field, language_of
 
 router = APIRouter()
 
@@ -21,10 +22,12 @@ _computing = threading.Lock()
 
 @router.get("")
 def view(request: Request, person: Administrator) -> Response:  # noqa: ARG001
-    page = page_of(request)
+    page, language = page_of(request), language_of(request)
     return render(
         request,
         "admin.html.j2",
+        summary=lambda report: summary(report, language),
+        reading=lambda name, value: reading(name, value, language),
         overview=_overview(request),
         invitations=people.invitations(page.store.database),
         wrong=overview.reward_model_errors(page.run_dir),

@@ -20,6 +20,7 @@ from starlette.middleware.sessions import SessionMiddleware
 from starlette.staticfiles import StaticFiles
 
 from reward_service.config import PeopleConfig
+from reward_service.feedback.agreement_words import Language
 from reward_service.feedback.assignment import Assignments
 from reward_service.feedback.leases import NotYoursError
 from reward_service.feedback.page import admin, judging
@@ -31,7 +32,7 @@ from reward_service.feedback.page.session import (
     language_of,
     maybe_signed_in,
 )
-from reward_service.feedback.page.texts import CONSENT, INSTRUCTIONS, LANGUAGES, TEXTS, Language
+from reward_service.feedback.page.texts import CONSENT, INSTRUCTIONS, LANGUAGES, TEXTS
 from reward_service.feedback.store import FeedbackStore
 
 HERE = Path(__file__).parent

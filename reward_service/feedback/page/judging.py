@@ -113,21 +113,24 @@ def agree(request: Request, person: Someone, form: Form) -> Response:
 
 
 @router.get("/judge")
-def judge(request: Request, person: Someone, diff: bool = False, note: str = "") -> Response:
+def judge(request: Request, person: Someone, diff: bool | None = None, note: str = "") -> Response:
     page = page_of(request)
+    if diff is not None:
+        request.session["diff"] = diff  # until it is switched off, not for one item
+    differences = bool(request.session.get("diff"))
     if not _has_agreed(request, person.annotator_id):
         return RedirectResponse("/welcome", status_code=303)
     given = page.assignments.next(person.annotator_id)
     database = page.store.database
     progress = database.read(lambda c: views.progress_of(c, person.annotator_id))
-    item = None if given is None else views.item_of(given, differences=diff)
+    item = None if given is None else views.item_of(given, differences=differences)
     return render(
         request,
         "judge.html.j2",
         item=item,
         progress=progress,
         paused=given is None and database.read(is_paused),
-        diff=diff,
+        diff=differences,
         criteria=page.config.criteria,
         reasons=REASONS,
         note=TEXTS[language_of(request)].get(note, "") if note in _NOTES else "",

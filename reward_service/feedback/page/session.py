@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 from starlette.datastructures import FormData
 
-from reward_service.feedback.page.texts import LANGUAGES, Language
+from reward_service.feedback.agreement_words import Language
+from reward_service.feedback.page.texts import LANGUAGES
 from reward_service.feedback.people import Person, hash_of, who
 
 

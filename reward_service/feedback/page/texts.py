@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-Language = Literal["en", "zh"]
+from reward_service.feedback.agreement_words import Language
+from reward_service.feedback.page import admin_texts
+
 LANGUAGES: Mapping[Language, str] = {"en": "English", "zh": "中文"}
 
 ENGLISH: Mapping[str, str] = {
@@ -186,7 +187,10 @@ CHINESE: Mapping[str, str] = {
     "skip_to_content": "跳到正文",
 }
 
-TEXTS: Mapping[Language, Mapping[str, str]] = {"en": ENGLISH, "zh": CHINESE}
+TEXTS: Mapping[Language, Mapping[str, str]] = {
+    "en": {**ENGLISH, **admin_texts.ENGLISH},
+    "zh": {**CHINESE, **admin_texts.CHINESE},
+}
 
 INSTRUCTIONS: Mapping[Language, str] = {
     "en": """\

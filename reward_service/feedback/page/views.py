@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    ScalarSelect,
+    and_,
+    bindparam,
+    func,
+    select,
+)
 
 from actors.trajectory import Message
 from reward_service.feedback.leases import Assignment
@@ -60,6 +69,35 @@ class Progress:
     done: int
     left: int
     pace: float | None
+
+
+_MINE = assignments.c.annotator_id == bindparam("person")
+_OPEN = and_(tasks.c.state == "open", tasks.c.gold.is_(None))
+
+
+def _count(of: FromClause, *conditions: ColumnElement[bool]) -> ScalarSelect[int]:
+    return select(func.count()).select_from(of).where(*conditions).scalar_subquery()
+
+
+# Built once: that costs more than to run them. What is left are the open tasks less those among
+# them that the person has seen: two counts by index.
+_COUNTS = select(
+    _count(assignments, _MINE, assignments.c.state == "done"),
+    _count(tasks, _OPEN),
+    _count(
+        assignments.join(tasks, tasks.c.task_id == assignments.c.task_id),
+        _OPEN,
+        _MINE,
+        assignments.c.repeat == 0,
+        assignments.c.state.in_(("done", "skipped", "flagged")),
+    ),
+)
+_LATEST = (
+    select(assignments.c.finished_at - assignments.c.shown_at)
+    .where(_MINE, assignments.c.state == "done")
+    .order_by(assignments.c.finished_at.desc())
+    .limit(20)
+)
 
 
 def item_of(given: Assignment, *, differences: bool) -> Item:
@@ -122,31 +160,12 @@ def answer_of(form: Mapping[str, Any], given: Assignment, criteria: Sequence[str
 
 
 def progress_of(connection: Connection, annotator_id: str) -> Progress:
-    mine = and_(assignments.c.annotator_id == annotator_id, assignments.c.state == "done")
-    done = connection.execute(select(func.count()).select_from(assignments).where(mine)).scalar()
-    # Open tasks less those among them that this person has seen: two counts by index.
-    is_open = and_(tasks.c.state == "open", tasks.c.gold.is_(None))
-    open_tasks = connection.execute(select(func.count()).select_from(tasks).where(is_open)).scalar()
-    seen = connection.execute(
-        select(func.count())
-        .select_from(assignments.join(tasks, tasks.c.task_id == assignments.c.task_id))
-        .where(
-            is_open,
-            assignments.c.annotator_id == annotator_id,
-            assignments.c.repeat == 0,
-            assignments.c.state.in_(("done", "skipped", "flagged")),
-        )
-    ).scalar()
-    last = connection.execute(
-        select(assignments.c.finished_at - assignments.c.shown_at)
-        .where(mine)
-        .order_by(assignments.c.finished_at.desc())
-        .limit(20)
-    ).scalars()
-    seconds = sorted(float(value) for value in last)
+    person = {"person": annotator_id}
+    done, open_tasks, seen = connection.execute(_COUNTS, person).one()
+    seconds = sorted(float(value) for value in connection.execute(_LATEST, person).scalars())
     return Progress(
-        done=done or 0,
-        left=max(0, (open_tasks or 0) - (seen or 0)),
+        done=done,
+        left=max(0, open_tasks - seen),
         pace=seconds[len(seconds) // 2] if seconds else None,
     )
 
