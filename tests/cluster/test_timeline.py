@@ -23,7 +23,6 @@ from cluster.timeline import (
     read_timeline,
     waits,
 )
-from tests.cluster.synthetic_run import write_timeline
 
 
 def step_of(
@@ -127,7 +126,10 @@ def test_the_command_writes_a_trace_and_names_what_is_missing(tmp_path: Path) ->
     result = CliRunner().invoke(main, ["timeline", str(tmp_path)])
     assert result.exit_code == 1
     assert "no timeline at" in result.output
-    write_timeline(tmp_path)
+    spans = [list(span) for span in STEP.spans]
+    row = {"step": 1, "time": 5.0, "seconds": 10.0, "spans": spans}
+    lines = [json.dumps(row | {"step": step}) + "\n" for step in range(1, 41)]
+    (tmp_path / "ppo" / FILE_NAME).write_text("".join(lines))
     result = CliRunner().invoke(main, ["timeline", str(tmp_path)])
     assert result.exit_code == 0
     trace = json.loads(result.output)
