@@ -192,7 +192,7 @@ def bench_plan(
 
 
 def effective(calibration: Calibration) -> dict[str, float]:
-    """The constants as what one would read in a data sheet; those that do not limit are left out."""
+    """The constants as a data sheet would have them; those that do not limit are left out."""
     learn, generate = calibration.constants["learn"], calibration.constants["generate"]
     rates = {
         "learn_gflops": learn["flop"],

@@ -33,11 +33,12 @@ def status(run_dir: Path | None, watch: bool, every: float, as_json: bool) -> No
     rlhf status runs/quickstart --json | jq .seconds_left
     """
     from cluster import status as looking
+    from cluster import status_text
 
     def show(found: looking.RunStatus) -> None:
         if watch and not as_json:
             click.clear()
-        click.echo(looking.as_json(found) if as_json else looking.describe(found))
+        click.echo(status_text.as_json(found) if as_json else status_text.describe(found))
 
     chosen = run_dir or looking.find_run()
     if watch:

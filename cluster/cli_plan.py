@@ -84,7 +84,8 @@ def plan(simulate: Path | None, nodes: int, **options: Any) -> None:
         plot_scaling(scaling, simulate)
         click.echo(describe(scaling))
         return
-    from cluster.plan import as_json, describe, plan_from_options
+    from cluster.plan import plan_from_options
+    from cluster.plan_text import as_json, describe
 
     found = plan_from_options(nodes=nodes, **{k: v for k, v in options.items() if k != "as_json"})
     click.echo(as_json(found) if options["as_json"] else describe(found))

@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +23,7 @@ import yaml
 from cluster.checkpoint import LOCK
 from cluster.health import Watch, is_coarse
 from cluster.metrics import FILE_NAME as METRICS
-from cluster.plots import compact
-from cluster.report import STATIONS, duration
+from cluster.report import STATIONS
 from cluster.report_stages import SECTIONS
 from cluster.step_lines import read_step_lines
 from cluster.step_record import WORKERS
@@ -47,17 +46,6 @@ TOLD: dict[str, tuple[str, ...]] = {
 """The metrics that say how it goes, where a run has them."""
 
 State = Literal["running", "silent", "died", "ended", "finished", "not started"]
-
-EXPLAINED: dict[State, str] = {
-    "running": "",
-    "silent": "no sign of life, though the process is there or on another machine: it hangs, is"
-    " suspended, or its machine is gone",
-    "died": "the process is gone and did not end in order; --resume goes on from the last"
-    " checkpoint",
-    "ended": "no process; --resume goes on with what is not finished",
-    "finished": "",
-    "not started": "",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,43 +166,6 @@ def read_status(run_dir: Path, now: float | None = None) -> RunStatus:
     )
 
 
-def describe(status: RunStatus) -> str:
-    """The status as a dozen lines for a person."""
-    lines = [_headline(status)]
-    for stage in status.stages:
-        detail = ""
-        if stage.name == status.stage and status.total:
-            detail = _pace(status)
-        elif stage.seconds is not None:
-            detail = duration(stage.seconds)
-        lines.append(f"  {stage.title:<16}{stage.state:<11}{detail}".rstrip())
-    if status.metrics:
-        lines.append(f"metrics of step {status.step} (ten steps before)")
-        for name, value in status.metrics.items():
-            before = f"   ({compact(status.before[name])})" if name in status.before else ""
-            lines.append(f"  {name:<26}{compact(value):>8}{before}")
-    if status.watched:
-        lines.append(f"health: {len(status.outside)} of {status.watched} metrics out of range")
-        for one in status.outside:
-            lines.append(
-                f"  {one.name} {compact(one.value)}, healthy is {one.healthy}; since step"
-                f" {one.since}. {one.remedy}"
-            )
-    if status.workers:
-        states = ", ".join(f"{name} {state}" for name, state in status.workers.items())
-        lines.append(f"workers after step {status.workers_step}: {states}")
-    if status.checkpoint is not None and status.checkpoint_age is not None:
-        age = duration(status.checkpoint_age)
-        lines.append(f"last checkpoint: step {status.checkpoint}, {age} ago")
-    lines += [f"problem: {problem}" for problem in status.problems]
-    return "\n".join(lines)
-
-
-def as_json(status: RunStatus) -> str:
-    """The status as one line."""
-    return json.dumps(asdict(status))
-
-
 def watch(
     run_dir: Path,
     show: Callable[[RunStatus], None],
@@ -229,28 +180,6 @@ def watch(
         if status.state not in ("running", "silent"):
             return status
         sleep(every_s)
-
-
-def _headline(status: RunStatus) -> str:
-    text = f"{status.run_dir}: {status.state}"
-    if status.pid is not None:
-        text += f", pid {status.pid}" + (f" on {status.machine}" if status.machine else "")
-    if status.sign_of_life_age is not None and status.state in ("running", "silent", "died"):
-        text += f", last sign of life {duration(status.sign_of_life_age)} ago"
-    if explained := EXPLAINED[status.state]:
-        text += f" ({explained})"
-    return text
-
-
-def _pace(status: RunStatus) -> str:
-    text = f"step {status.step} of {status.total}"
-    if status.seconds_per_step is not None:
-        text += f", {status.seconds_per_step:.3g} s a step"
-    if status.seconds_left is not None and status.state == "running":
-        text += f", {duration(status.seconds_left)} left"
-    if status.stalled and status.last_step_age is not None:
-        text += f"; NO STEP FOR {duration(status.last_step_age)}"
-    return text
 
 
 def _current_round(run_dir: Path) -> Path:

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 
 from cluster.checkpoint import LOCK, RunLock
 from cluster.cli import main
-from cluster.status import describe, find_run, read_status, watch
+from cluster.status import find_run, read_status, watch
+from cluster.status_text import describe
 
 NOW = 1_764_000_000.0
 CONFIG = "run_dir: x\nmodel: m\nsft: {}\nppo: {steps: 40}\n"
