@@ -65,10 +65,10 @@ def _throughput(axes: Any, scaling: Scaling) -> None:
     )  # fmt: skip
     axes.plot(nodes, scaling.throughput, color=PRINT_COLOURS["after"], linewidth=2.2)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+    axes.set_yscale("log")
     axes.annotate(
-        "no loss", (nodes[-1], ideal[-1]), xytext=(-4, -2), textcoords="offset points", ha="right",
-        va="top", fontsize=9.5, color=PRINT_COLOURS["muted"],
+        "no loss", (nodes[-1], ideal[-1]), xytext=(-16, 0), textcoords="offset points", ha="right",
+        va="center", fontsize=9.5, color=PRINT_COLOURS["muted"],
     )  # fmt: skip
     _label(axes, "Samples a second, simulated", nodes)
 
@@ -94,7 +94,7 @@ def _shares(axes: Any, scaling: Scaling) -> None:
 def _label(axes: Any, title: str, nodes: Any) -> None:
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=PRINT_COLOURS["ink"])
     axes.set_xlabel("nodes", color=PRINT_COLOURS["muted"])
-    axes.set_xticks(nodes[::2], [compact(float(n)) for n in nodes[::2]])
+    axes.set_xticks(nodes[::2], [f"{n:.0f}" for n in nodes[::2]])
     axes.minorticks_off()
     if axes.get_yscale() == "log":
         axes.yaxis.set_major_formatter(lambda value, _: compact(value))

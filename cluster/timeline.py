@@ -142,7 +142,7 @@ class StepTimeline:
         return [n for n in first if n in found] + sorted(found - set(first), key=_natural)
 
     def of(self, lane: str) -> list[Span]:
-        return sorted(s for s in self.spans if s.lane == lane)
+        return sorted((s for s in self.spans if s.lane == lane), key=lambda s: s.start)
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:
