@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from actors.weights import UpdateConfirmation
 from cluster.cli import main
 from cluster.report_timeline import gantt, lane_rows, last_together
+from cluster.step_record import StepRecord
 from cluster.timeline import (
     DRIVER,
     FILE_NAME,
@@ -134,6 +135,31 @@ def test_the_command_writes_a_trace_and_names_what_is_missing(tmp_path: Path) ->
     assert result.exit_code == 0
     trace = json.loads(result.output)
     assert max(event.get("args", {}).get("step", 0) for event in trace["traceEvents"]) == 40
+
+
+def test_a_record_has_checkpoints_and_workers_and_is_cut_back_on_resume(tmp_path: Path) -> None:
+    checkpoints = [2]
+    workers = {"rollout-0": "serving"}
+
+    def finish(record: StepRecord, step: int) -> None:
+        clock = Clock()
+        clock.add(DRIVER, "learn", clock.began, clock.began + 1.0)
+        clock.add(DRIVER, "save", clock.began + 1.0, clock.began + 1.5)
+        record(step, clock)
+
+    record = StepRecord(tmp_path, 0, workers=lambda: workers, checkpoints=lambda: checkpoints)
+    for step in (1, 2, 3):
+        finish(record, step)
+    record.close()
+    steps = read_timeline(tmp_path)
+    assert [step.lanes for step in steps] == [["driver"], ["driver", "learners"], ["driver"]]
+    assert steps[1].of("learners") == [Span("learners", "checkpoint", 1.0, 1.5)]
+    state = json.loads((tmp_path / "workers.json").read_text())
+    assert (state["step"], state["workers"]) == (3, workers)
+    record = StepRecord(tmp_path, 2, workers=lambda: workers, checkpoints=lambda: checkpoints)
+    finish(record, 3)
+    record.close()
+    assert [step.step for step in read_timeline(tmp_path)] == [1, 2, 3]
 
 
 def test_a_killed_run_loses_a_line_and_a_broken_one_is_named(tmp_path: Path) -> None:
