@@ -167,7 +167,7 @@ def check_timeline(log: Log) -> None:
         for phase, parts in inside.items():
             began, ended = spans["driver", phase]
             for part in parts:
-                assert began - 1e-3 <= spans[part][0] < spans[part][1] <= ended + 1e-3, part
+                assert began - 1e-3 <= spans[part][0] <= spans[part][1] <= ended + 1e-3, part
 
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)
