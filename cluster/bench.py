@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,16 @@ def run_benchmark(what: str, *, as_json: bool, repeats: int, constants: Path | N
     Args:
         constants: Where ``plan`` writes what it has measured; by default the user's cache.
     """
+    say = Reporter().say
     with tempfile.TemporaryDirectory(prefix="rlhf-bench-") as directory:
         place = Path(directory)
-        benchmarks = {
+        benchmarks: dict[str, Callable[[Path, int], dict[str, Any]]] = {
             "ppo": bench_ppo,
             "weights": bench_weights,
             "start": bench_start,
             "reward": bench_scoring,
-            "plan": lambda place, _: bench_plan(place, constants or default_path(), say),
+            "plan": lambda at, _: bench_plan(at, constants or default_path(), say),
         }
-        say = Reporter().say
         result = benchmarks[what](place, repeats)
     if as_json:
         print(json.dumps(result))

@@ -76,16 +76,17 @@ def plan(simulate: Path | None, nodes: int, **options: Any) -> None:
     docs/plan.md says what is assumed.
     """
     if simulate is not None:
-        from cluster.scaling import Assumptions, default_nodes, describe
-        from cluster.scaling import simulate as run
+        from cluster import scaling
         from cluster.scaling_plot import plot_scaling
 
-        scaling = run(Assumptions(), default_nodes(nodes if nodes >= 8 else 8192))
-        plot_scaling(scaling, simulate)
-        click.echo(describe(scaling))
+        largest = nodes if nodes >= 8 else 8192
+        simulated = scaling.simulate(scaling.Assumptions(), scaling.default_nodes(largest))
+        plot_scaling(simulated, simulate)
+        click.echo(scaling.describe(simulated))
         return
+    from cluster import plan_text
     from cluster.plan import plan_from_options
-    from cluster.plan_text import as_json, describe
 
-    found = plan_from_options(nodes=nodes, **{k: v for k, v in options.items() if k != "as_json"})
-    click.echo(as_json(found) if options["as_json"] else describe(found))
+    as_json = options.pop("as_json")
+    found = plan_from_options(nodes=nodes, **options)
+    click.echo(plan_text.as_json(found) if as_json else plan_text.describe(found))

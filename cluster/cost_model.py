@@ -130,9 +130,9 @@ def _generation(step: StepShape, layout: Layout) -> dict[str, float]:
     model = step.model
     share = math.ceil(step.samples / layout.engines)
     tokens = share * step.response_tokens
-    # Whoever is finished is replaced at once, so an engine with more than it can hold at once is
-    # full until the end; one with less waits for its longest sample.
-    passes = max(step.longest_response, tokens / step.sequences_at_once)
+    # Whoever is finished is replaced at once; the last to be taken in may be the longest.
+    waves_before = (share - 1) // step.sequences_at_once
+    passes = waves_before * step.response_tokens + step.longest_response
     context = step.prompt_tokens + step.response_tokens
     decoded = forward_flop(model, tokens, 2 * step.prompt_tokens + step.response_tokens, tokens)
     read = forward_flop(model, share * step.prompt_tokens, step.prompt_tokens, share)
