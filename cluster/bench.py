@@ -41,12 +41,16 @@ PHASES = ("generate", "learn", "broadcast")
 WARM_UP_UPDATES, UPDATES_PER_REPEAT = 4, 5
 
 
-def run_benchmark(what: str, *, as_json: bool, repeats: int, constants: Path | None = None) -> None:
+def run_benchmark(
+    what: str, *, as_json: bool, repeats: int, constants: Path | None = None, bf16: bool = False
+) -> None:
     """Run one benchmark and print its table, or one JSON line.
 
     Args:
         constants: Where ``plan`` writes what it has measured; by default the user's cache.
+        bf16: Precision of the learners that ``plan`` measures.
     """
+    path = constants or default_path()
     say = Reporter().say
     with tempfile.TemporaryDirectory(prefix="rlhf-bench-") as directory:
         place = Path(directory)
@@ -55,7 +59,7 @@ def run_benchmark(what: str, *, as_json: bool, repeats: int, constants: Path | N
             "weights": bench_weights,
             "start": bench_start,
             "reward": bench_scoring,
-            "plan": lambda at, _: bench_plan(at, constants or default_path(), say),
+            "plan": lambda at, _: bench_plan(at, path, say, bf16=bf16),
         }
         result = benchmarks[what](place, repeats)
     if as_json:

@@ -107,6 +107,8 @@ def measure(
     shape: tuple[int, int],
     workloads: Sequence[tuple[int, int, int]],
     say: Callable[[str], None],
+    *,
+    bf16: bool = False,
 ) -> list[Measured]:
     """Take real PPO steps with a fresh model of ``shape`` (hidden size, layers).
 
@@ -120,11 +122,10 @@ def measure(
     from cluster.session import Session
     from cluster.stop import StopRequest
     from cluster.train import KeptSteps, train
-    from learner.group import cpu_has_bfloat16
 
     hidden, layers = shape
     model, reward_model = build_models(place, hidden=hidden, layers=layers)
-    base = bench_config(place, model, reward_model, steps=1000, bf16=cpu_has_bfloat16())
+    base = bench_config(place, model, reward_model, steps=1000, bf16=bf16)
     assert base.ppo is not None
     ppo = base.ppo.model_copy(update={"epochs": EPOCHS, "minibatches": MINIBATCHES})
     config = base.model_copy(update={"ppo": ppo})
@@ -174,13 +175,20 @@ def measure(
 
 
 def bench_plan(
-    place: Path, path: Path, say: Callable[[str], None], shapes: Sequence[tuple[int, int]] = SHAPES
+    place: Path,
+    path: Path,
+    say: Callable[[str], None],
+    *,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    bf16: bool = False,
 ) -> dict[str, Any]:
-    """Measure, fit, and write the constants to ``path``; returns what is worth printing."""
-    from learner.group import cpu_has_bfloat16
+    """Measure, fit, and write the constants to ``path``; returns what is worth printing.
 
-    measured = [one for shape in shapes for one in measure(place, shape, WORKLOADS, say)]
-    calibration = calibrate(measured, device=device_name(), bf16=cpu_has_bfloat16())
+    Args:
+        bf16: Learners compute in bfloat16, as with ``ppo.bf16``.
+    """
+    measured = [one for s in shapes for one in measure(place, s, WORKLOADS, say, bf16=bf16)]
+    calibration = calibrate(measured, device=device_name(), bf16=bf16)
     write_calibration(path, calibration, [asdict(one) for one in measured])
     error = calibration.error
     return {

@@ -86,7 +86,8 @@ def doctor(
     type=click.Path(path_type=Path),
     help="Of plan: where the constants go; default ~/.cache/rlhf/calibration.json.",
 )
-def bench(what: str, as_json: bool, repeats: int, output: Path | None) -> None:
+@click.option("--bf16", is_flag=True, help="Of plan: for runs with ppo.bf16.")
+def bench(what: str, as_json: bool, repeats: int, output: Path | None, bf16: bool) -> None:
     """Measure this system against its own floor, in one run.
 
     \b
@@ -100,8 +101,8 @@ def bench(what: str, as_json: bool, repeats: int, output: Path | None) -> None:
     reward   scoring over HTTP / bare torch on the same batch, and 32 callers at once
     plan     the constants of this machine for `rlhf plan`, from real steps of small models
     """
-    if output is not None and what != "plan":
-        raise click.UsageError("--output belongs to plan")
+    if what != "plan" and (output is not None or bf16):
+        raise click.UsageError("--output and --bf16 belong to plan")
     from cluster.bench import run_benchmark
 
-    run_benchmark(what, as_json=as_json, repeats=repeats, constants=output)
+    run_benchmark(what, as_json=as_json, repeats=repeats, constants=output, bf16=bf16)

@@ -57,10 +57,10 @@ def main() -> None:
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="rlhf-plan-") as directory:
         if options.calibrate:
-            bench_plan(Path(directory), options.calibration, say, shapes)
+            bench_plan(Path(directory), options.calibration, say, shapes=shapes)
         calibration = read_calibration(options.calibration)
         for shape, workload in configurations:
-            (measured,) = measure(Path(directory), shape, (workload,), say)
+            (measured,) = measure(Path(directory), shape, (workload,), say, bf16=calibration.bf16)
             predicted = calibration.predict(measured.step)
             rows.append(
                 {
