@@ -124,6 +124,7 @@ def measure(
     from cluster.train import KeptSteps, train
 
     hidden, layers = shape
+    place = place / f"{hidden}x{layers}"
     model, reward_model = build_models(place, hidden=hidden, layers=layers)
     base = bench_config(place, model, reward_model, steps=1000, bf16=bf16)
     assert base.ppo is not None
