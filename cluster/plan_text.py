@@ -35,11 +35,11 @@ def describe(plan: Plan) -> str:
         lines += ["", *_seconds(plan.prediction, plan.error)]
     lines += ["", "placement"]
     suggested = plan.suggested
-    for one in plan.placements[:4]:
-        mark = "->" if one is suggested else "  "
-        seconds = "" if one.seconds is None else f", {one.seconds:.3g} s a step"
-        fits = f"{one.used_gib:.3g} GiB" + ("" if one.fits else ", does not fit")
-        lines.append(f"{mark} {one.describe()}: {fits}{seconds}")
+    for way in plan.placements[:4]:
+        mark = "->" if way is suggested else "  "
+        seconds = "" if way.seconds is None else f", {way.seconds:.3g} s a step"
+        fits = f"{way.used_gib:.3g} GiB" + ("" if way.fits else ", does not fit")
+        lines.append(f"{mark} {way.describe()}: {fits}{seconds}")
     if suggested is None:
         lines.append(
             f"nothing fits into {USABLE:.0%} of {cluster.device_gib:.4g} GiB: smaller"

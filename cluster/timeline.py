@@ -117,12 +117,18 @@ class Clock:
 
     def row(self, step: int) -> dict[str, Any]:
         """The step's line, with times from its beginning. ``step`` counts from 1."""
+        together = joined(self.spans)
+        total = max((span.end - self.began for span in together), default=0.0)
         spans = [
             [s.lane, s.what, round(s.start - self.began, 4), round(s.end - self.began, 4)]
-            for s in joined(self.spans)
+            for s in together
         ]
-        total = max((span[3] for span in spans), default=0.0)
-        return {"step": step, "time": round(self.time, 3), "seconds": total, "spans": spans}
+        return {
+            "step": step,
+            "time": round(self.time, 3),
+            "seconds": round(total, 4),
+            "spans": spans,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
