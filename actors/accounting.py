@@ -28,6 +28,9 @@ from actors.trajectory import Prompt, SampleFailure, Trajectory, sample_seed
 
 Progress = Callable[[int, int], None]
 Record = Trajectory | SampleFailure
+Busy = Callable[[str, float, float], None]
+"""An actor's name and when it was first given samples and last gave one back, in monotonic
+seconds."""
 
 
 @dataclass(eq=False)
@@ -92,6 +95,7 @@ class Generation:
         self._resting: list[tuple[float, _Sample]] = []  # (when to try again, monotonic)
         self._streams: list[_Stream] = []
         self._total = len(self._queue)
+        self._worked: dict[str, tuple[float, float]] = {}
 
     def run(self, progress: Progress | None) -> Iterator[Record]:
         """Yield one record for each sample; whatever ends it early leaves the engines idle."""
@@ -105,6 +109,11 @@ class Generation:
                     yield record
         finally:
             self._abort()
+
+    def tell(self, busy: Busy) -> None:
+        """Say when each actor worked."""
+        for name, (began, ended) in self._worked.items():
+            busy(name, began, ended)
 
     def _turn(self) -> Iterator[Record]:
         self._fleet.respawn()
@@ -163,6 +172,8 @@ class Generation:
             )
             for request_id, sample in samples.items()
         ]
+        now = time.monotonic()
+        self._worked.setdefault(worker.name, (now, now))
         results = worker.handle.generate.options(num_returns="streaming").remote(requests)
         return _Stream(worker, samples, results)
 
@@ -181,6 +192,7 @@ class Generation:
             yield from self._recover(worker)
             return
         stream.heard = time.monotonic()
+        self._worked[worker.name] = self._worked[worker.name][0], stream.heard
         for outcome in outcomes:
             if isinstance(outcome, Refused) and outcome.engine_lost:
                 self._lose(worker, outcome.reason)  # with all that it has in flight

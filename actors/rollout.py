@@ -19,7 +19,7 @@ from typing import Any, Self
 import ray
 from ray.exceptions import RayTaskError
 
-from actors.accounting import Generation, Progress
+from actors.accounting import Busy, Generation, Progress
 from actors.config import RolloutConfig, SamplingConfig
 from actors.fleet import Fleet
 from actors.generation import check_prompt
@@ -84,6 +84,11 @@ class RolloutPool:
         return self._version
 
     @property
+    def states(self) -> dict[str, str]:
+        """State of every actor by its name."""
+        return {worker.name: worker.state.value for worker in self._fleet.workers}
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a response."""
         return self._info().eos_token_ids
@@ -112,6 +117,7 @@ class RolloutPool:
         run_seed: int,
         round_index: int,
         progress: Progress | None = None,
+        busy: Busy | None = None,
     ) -> Iterator[Trajectory | SampleFailure]:
         """Sample ``samples_per_prompt`` responses to each prompt.
 
@@ -122,6 +128,7 @@ class RolloutPool:
         Args:
             round_index: Tells visits to the same prompt apart, such as the PPO step.
             progress: Called with the numbers of samples done and asked for.
+            busy: Told in the end when each actor worked.
 
         Raises:
             ValueError: a prompt fills the context or holds an id outside the vocabulary; raised
@@ -141,7 +148,7 @@ class RolloutPool:
             fleet=self._fleet,
             config=self._config,
         )
-        return self._run(generation, progress)
+        return self._run(generation, progress, busy)
 
     def load(self, update: WeightUpdate) -> list[UpdateConfirmation]:
         """Make every actor generate from ``update``, verified and proved by its probe.
@@ -244,7 +251,7 @@ class RolloutPool:
             )
 
     def _run(
-        self, generation: Generation, progress: Progress | None
+        self, generation: Generation, progress: Progress | None, busy: Busy | None
     ) -> Iterator[Trajectory | SampleFailure]:
         self._require_idle("generate")
         self._generating = True
@@ -252,3 +259,5 @@ class RolloutPool:
             yield from generation.run(progress)
         finally:
             self._generating = False
+            if busy is not None:
+                generation.tell(busy)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ import ray
 from actors.config import EngineConfig, RolloutConfig, SamplingConfig
 from actors.prompts import PromptStream
 from actors.trajectory import Prompt
+from cluster.calibration import bench_plan
 from cluster.config import RunConfig
+from cluster.cost_model import default_path
 from cluster.progress import Reporter
 from cluster.session import Parts, Session
 from cluster.step import PROBE_SEQUENCES, PROBE_TOKENS
@@ -39,15 +41,25 @@ PHASES = ("generate", "learn", "broadcast")
 WARM_UP_UPDATES, UPDATES_PER_REPEAT = 4, 5
 
 
-def run_benchmark(what: str, *, as_json: bool, repeats: int) -> None:
-    """Run one benchmark and print its table, or one JSON line."""
+def run_benchmark(
+    what: str, *, as_json: bool, repeats: int, constants: Path | None = None, bf16: bool = False
+) -> None:
+    """Run one benchmark and print its table, or one JSON line.
+
+    Args:
+        constants: Where ``plan`` writes what it has measured; by default the user's cache.
+        bf16: Precision of the learners that ``plan`` measures.
+    """
+    path = constants or default_path()
+    say = Reporter().say
     with tempfile.TemporaryDirectory(prefix="rlhf-bench-") as directory:
         place = Path(directory)
-        benchmarks = {
+        benchmarks: dict[str, Callable[[Path, int], dict[str, Any]]] = {
             "ppo": bench_ppo,
             "weights": bench_weights,
             "start": bench_start,
             "reward": bench_scoring,
+            "plan": lambda at, _: bench_plan(at, path, say, bf16=bf16),
         }
         result = benchmarks[what](place, repeats)
     if as_json:
@@ -69,7 +81,7 @@ def bench_ppo(place: Path, repeats: int) -> dict[str, Any]:
     bf16 = cpu_has_bfloat16()
     prompts = random_prompts()
     floor = _floor(place, model, prompts)
-    config = _bench_config(place, model, reward_model, steps=repeats + 1, bf16=bf16)
+    config = bench_config(place, model, reward_model, steps=repeats + 1, bf16=bf16)
     steps = _run_steps(config, model, reward_model, prompts)[1:]
     median = {phase: _median(steps, f"seconds/{phase}") for phase in (*PHASES, "step")}
     inside = {
@@ -106,11 +118,13 @@ def bench_weights(place: Path, repeats: int) -> dict[str, Any]:
     they are reported by ``ratio_first``, and warmed up past before anything else is measured.
     """
     model, _ = build_models(place, hidden=512, layers=8)
-    config = _bench_config(place, model, None, steps=1, bf16=False)
+    config = bench_config(place, model, None, steps=1, bf16=False)
     reporter = Reporter()
     rows: list[dict[str, float]] = []
     with Session(config, reporter, StopRequest(reporter.say)) as session:
-        parts = session.parts(model, config.reward.terms, lambda: _learners(config, model, None))
+        parts = session.parts(
+            model, config.reward.terms, lambda: bench_learners(config, model, None)
+        )
         probe = [p.token_ids.tolist()[-PROBE_TOKENS:] for p in random_prompts()[:PROBE_SEQUENCES]]
         for version in range(1, 1 + WARM_UP_UPDATES + UPDATES_PER_REPEAT * repeats):
             rows.append(_time_update(parts, version, probe))
@@ -147,14 +161,14 @@ def bench_start(place: Path, repeats: int) -> dict[str, Any]:
     """Seconds from starting every part of a PPO run to its first finished sample."""
     model, reward_model = build_models(place, hidden=256, layers=6)
     prompts = random_prompts()
-    config = _bench_config(place, model, reward_model, steps=1, bf16=False)
+    config = bench_config(place, model, reward_model, steps=1, bf16=False)
     seconds = []
     for _ in range(repeats):
         started = time.perf_counter()
         reporter = Reporter()
         with Session(config, reporter, StopRequest(reporter.say)) as session:
             parts = session.parts(
-                model, config.reward.terms, lambda: _learners(config, model, reward_model)
+                model, config.reward.terms, lambda: bench_learners(config, model, reward_model)
             )
             next(parts.rollouts.generate(prompts, config.sampling, run_seed=0, round_index=0))
             seconds.append(time.perf_counter() - started)
@@ -204,15 +218,15 @@ def build_models(place: Path, *, hidden: int, layers: int) -> tuple[Path, Path]:
     return model, reward_model
 
 
-def random_prompts() -> list[Prompt]:
+def random_prompts(count: int = PROMPTS, tokens: int = PROMPT_TOKENS) -> list[Prompt]:
     rng = np.random.default_rng(0)
     return [
         Prompt(
             prompt_id=f"bench:{i}",
-            token_ids=rng.integers(3, 259, PROMPT_TOKENS).astype(np.int32),
+            token_ids=rng.integers(3, 259, tokens).astype(np.int32),
             text=f"benchmark {i}",
         )
-        for i in range(PROMPTS)
+        for i in range(count)
     ]
 
 
@@ -224,7 +238,7 @@ def _run_steps(
     log = KeptSteps()
     with Session(config, reporter, StopRequest(reporter.say)) as session:
         parts = session.parts(
-            model, config.reward.terms, lambda: _learners(config, model, reward_model)
+            model, config.reward.terms, lambda: bench_learners(config, model, reward_model)
         )
         train(
             config.ppo,
@@ -243,7 +257,7 @@ def _run_steps(
     return log.steps
 
 
-def _bench_config(
+def bench_config(
     place: Path, model: Path, reward_model: Path | None, *, steps: int, bf16: bool
 ) -> RunConfig:
     cores = len(os.sched_getaffinity(0))
@@ -271,7 +285,7 @@ def _bench_config(
     )
 
 
-def _learners(config: RunConfig, model: Path, critic: Path | None) -> PPOLearners:
+def bench_learners(config: RunConfig, model: Path, critic: Path | None) -> PPOLearners:
     assert config.ppo is not None
     return PPOLearners(
         config.ppo,

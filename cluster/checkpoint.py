@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -36,14 +37,23 @@ from typing import IO, Any
 MANIFEST = "manifest.json"
 FORMAT = 2
 """Of the manifest and of the files that it describes."""
+LOCK = ".lock"
+LOCK_BEAT_S = 10.0
+"""How often the process that holds a run directory gives a sign of life there."""
 
 
 class RunLock:
-    """Holds a run directory for one process; the lock dies with the process."""
+    """Holds a run directory for one process; the lock dies with the process.
+
+    The file names the process and its machine, and is touched every few seconds, so that
+    ``rlhf status`` knows of it on any machine that sees the directory. It is empty after an
+    orderly end.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / ".lock"
+        self._path = directory / LOCK
         self._file: IO[str] | None = None
+        self._ending = threading.Event()
 
     def __enter__(self) -> RunLock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,15 +62,18 @@ class RunLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
+            pid, _, machine = self._file.read().strip().partition(" ")
             self._file.close()
+            owner = f"pid {pid or 'unknown'}" + (f" on {machine}" if machine else "")
             raise RuntimeError(
-                f"{self._path.parent} is in use by another rlhf process (pid {owner}): wait for "
+                f"{self._path.parent} is in use by another rlhf process ({owner}): wait for "
                 "it, or set another run_dir"
             ) from None
         self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
+        self._file.write(f"{os.getpid()} {platform.node()}\n")
         self._file.flush()
+        self._ending.clear()
+        threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
         return self
 
     def __exit__(
@@ -69,9 +82,16 @@ class RunLock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._ending.set()
         if self._file is not None:
+            self._file.truncate(0)
             self._file.close()
             self._file = None
+
+    def _beat(self) -> None:
+        while not self._ending.wait(LOCK_BEAT_S):
+            with contextlib.suppress(OSError):  # the directory may be out of reach for a while
+                os.utime(self._path)
 
 
 @dataclass(frozen=True, kw_only=True)

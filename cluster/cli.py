@@ -12,6 +12,8 @@ import click
 
 from cluster.cli_feedback import feedback
 from cluster.cli_machine import bench, doctor
+from cluster.cli_observe import status, timeline
+from cluster.cli_plan import plan
 from cluster.cli_serve import serve
 
 if TYPE_CHECKING:
@@ -418,7 +420,10 @@ def report(run_dir: Path) -> None:
     click.echo(str(write_report(run_dir)))
 
 
+main.add_command(status)
+main.add_command(timeline)
 main.add_command(doctor)
+main.add_command(plan)
 main.add_command(bench)
 main.add_command(feedback)
 

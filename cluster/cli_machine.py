@@ -78,21 +78,31 @@ def doctor(
 
 
 @click.command("bench")
-@click.argument("what", type=click.Choice(["ppo", "weights", "start", "reward"]))
+@click.argument("what", type=click.Choice(["ppo", "weights", "start", "reward", "plan"]))
 @click.option("--json", "as_json", is_flag=True, help="Only one JSON line on standard output.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-def bench(what: str, as_json: bool, repeats: int) -> None:
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Of plan: where the constants go; default ~/.cache/rlhf/calibration.json.",
+)
+@click.option("--bf16", is_flag=True, help="Of plan: for runs with ppo.bf16.")
+def bench(what: str, as_json: bool, repeats: int, output: Path | None, bf16: bool) -> None:
     """Measure this system against its own floor, in one run.
 
     \b
     rlhf bench ppo --json
+    rlhf bench plan
 
     \b
     ppo      one PPO iteration / bare vLLM generation + bare torch learning
     weights  one verified weight update / copying the same bytes
     start    from the start of a PPO run to its first finished sample
     reward   scoring over HTTP / bare torch on the same batch, and 32 callers at once
+    plan     the constants of this machine for `rlhf plan`, from real steps of small models
     """
+    if what != "plan" and (output is not None or bf16):
+        raise click.UsageError("--output and --bf16 belong to plan")
     from cluster.bench import run_benchmark
 
-    run_benchmark(what, as_json=as_json, repeats=repeats)
+    run_benchmark(what, as_json=as_json, repeats=repeats, constants=output, bf16=bf16)

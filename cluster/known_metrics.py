@@ -469,7 +469,7 @@ TIME = (
     Metric(name="seconds/step", meaning="The whole step.", unit="s", trend="steady"),
     Metric(
         name="seconds/<phase>",
-        meaning="One phase of the step: generate (with scoring), learn, broadcast.",
+        meaning="One phase of the step: generate (with scoring), accounting, learn, broadcast.",
         unit="s",
         trend="steady; generate grows with the length of responses",
     ),

@@ -49,37 +49,114 @@ def total_memory_gib() -> float:
 
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
-    """Estimate from the model's shape: weights, Adam moments, gradients and the largest logits."""
-    shape = model_shape(config)
-    weights = shape.parameters * 4 / GIB
-    ppo = config.ppo
-    logits = (ppo.tokens_per_micro_batch if ppo else 0) * shape.vocab_size * 4 * 3 / GIB
-    # Per token and layer a transformer keeps about 34 x hidden values of two bytes for backward.
-    activations = (
-        (ppo.tokens_per_micro_batch if ppo else 0) * shape.layers * shape.hidden_size * 34 * 2 / GIB
-    )
-    engine = config.rollout.engine
-    parts = {
-        "Ray and driver": RAY_GIB + DRIVER_GIB + config.cluster.object_store_gib,
-        "engines": config.rollout.num_actors
-        * (ENGINE_GIB + engine.kv_cache_gib + weights * BYTES[engine.dtype] / 4),
-        "reward service": SERVE_GIB + config.reward.service.num_replicas * (REPLICA_GIB + weights),
-    }
-    if ppo is not None:
-        # Policy and critic: weights, gradients and two moments each; the reference: weights.
-        states = weights * (9 if ppo.has_critic else 5)
-        parts["learners"] = max(1, config.learners.num_learners) * (
-            LEARNER_GIB + states + logits + activations
-        )
+    """Host memory by kind of process, as :func:`process_memory` has it."""
+    parts: dict[str, float] = {}
+    for process in process_memory(config, model_shape(config)):
+        parts[process.kind] = parts.get(process.kind, 0.0) + process.count * process.host_gib
     return MemoryEstimate(parts=parts)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProcessMemory:
+    """GiB that one process of a kind needs at its peak, and how many of them there are.
+
+    Attributes:
+        host_gib: Of the machine's memory.
+        device_gib: Of the accelerator's; 0 without one.
+    """
+
+    kind: str
+    count: int
+    host_gib: float
+    device_gib: float = 0.0
+
+
+def process_memory(config: RunConfig, shape: ModelShape) -> list[ProcessMemory]:
+    """Estimate from the model's shape: weights, Adam moments, gradients and the largest logits.
+
+    A process with an accelerator keeps its tensors there, and on the host what it is without a
+    model and one copy of the weights, for the exchange of weights and for checkpoints.
+    """
+    weights = shape.parameters * 4 / GIB
+    ppo = config.ppo
+    tokens = ppo.tokens_per_micro_batch if ppo else 0
+    logits = tokens * shape.vocab_size * 4 * 3 / GIB
+    # Per token and layer a transformer keeps about 34 x hidden values of two bytes for backward
+    # (Korthikanti et al., arXiv 2205.05198, equation 1, without the attention matrix).
+    activations = tokens * shape.layers * shape.hidden_size * 34 * 2 / GIB
+    rollout, service = config.rollout, config.reward.service
+    own = weights * BYTES[rollout.engine.dtype] / 4
+    on_gpu = rollout.num_gpus_per_actor > 0
+    cache = kv_cache_gib(config, shape) if on_gpu else rollout.engine.kv_cache_gib
+    processes = [
+        ProcessMemory(
+            kind="Ray and driver",
+            count=1,
+            host_gib=RAY_GIB + DRIVER_GIB + config.cluster.object_store_gib,
+        ),
+        _process("engines", rollout.num_actors, ENGINE_GIB, own, own + cache, on_gpu),
+        ProcessMemory(kind="reward service", count=1, host_gib=SERVE_GIB),
+        _process(
+            "reward service",
+            service.num_replicas,
+            REPLICA_GIB,
+            weights,
+            weights,
+            service.num_gpus_per_replica > 0,
+        ),
+    ]
+    if ppo is not None:
+        # Policy and critic: weights, gradients and two moments each; the reference: weights.
+        states = weights * (9 if ppo.has_critic else 5)
+        processes.append(
+            _process(
+                "learners",
+                max(1, config.learners.num_learners),
+                LEARNER_GIB,
+                weights,
+                states + logits + activations,
+                config.learners.num_gpus_per_learner > 0,
+            )
+        )
+    return processes
+
+
+def _process(
+    kind: str, count: int, bare: float, copy: float, tensors: float, on_gpu: bool
+) -> ProcessMemory:
+    if on_gpu:
+        return ProcessMemory(kind=kind, count=count, host_gib=bare + copy, device_gib=tensors)
+    return ProcessMemory(kind=kind, count=count, host_gib=bare + tensors)
+
+
+def kv_cache_gib(config: RunConfig, shape: ModelShape) -> float:
+    """Keys and values of as many longest sequences as an engine decodes at once."""
+    engine, length = config.rollout.engine, longest_sequence(config)
+    per_token = 2 * shape.layers * shape.kv_size * BYTES[engine.dtype]
+    return engine.max_num_seqs * length * per_token / GIB
+
+
+def longest_sequence(config: RunConfig) -> int:
+    """Tokens of the longest prompt and response together."""
+    return config.data.max_prompt_tokens + config.sampling.max_new_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
+    """What memory and time of a decoder depend on.
+
+    Attributes:
+        parameters: All of them.
+        body_parameters: Those of the layers, without embeddings and output head.
+        kv_size: Width of the keys of a token in one layer.
+    """
+
     parameters: int
+    body_parameters: int
     hidden_size: int
     layers: int
     vocab_size: int
+    kv_size: int
 
 
 def model_shape(config: RunConfig) -> ModelShape:
@@ -127,7 +204,9 @@ def _shape_from_json(values: dict[str, Any]) -> ModelShape:
     tables = vocab * hidden * (1 if values.get("tie_word_embeddings", False) else 2)
     return ModelShape(
         parameters=layers * per_layer + tables + hidden,
+        body_parameters=layers * per_layer + hidden,
         hidden_size=hidden,
         layers=layers,
         vocab_size=vocab,
+        kv_size=kv,
     )

@@ -26,6 +26,7 @@ from cluster.resume import as_json, check_inputs, differences, input_digests
 from cluster.stages import Workplace
 from cluster.step import Sample, failure_row, probe_sequences, sample_row
 from cluster.step_lines import StepLines
+from cluster.step_record import StepRecord
 from cluster.stop import Stopped
 from cluster.storage import RunMirror
 from cluster.train import train
@@ -211,8 +212,9 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
         warn=work.reporter.warn,
         mirror=work.mirror,
     )
+    record = StepRecord(directory, start, workers=lambda: rollouts.states, checkpoints=store.steps)
     work.session.forget_weights()
-    with writer, closing(log), work.reporter.bar("PPO") as bar:
+    with writer, closing(log), closing(record), work.reporter.bar("PPO") as bar:
         bar.update(start, config.ppo.steps, {})
         finished = train(
             config.ppo,
@@ -228,6 +230,7 @@ def run_ppo(work: Workplace) -> dict[str, Any]:
             progress=bar.update,
             retry=config.reward.retry,
             warn=work.reporter.warn,
+            timeline=record,
         )
         if not finished:
             log.checkpoint()

@@ -19,6 +19,7 @@ from typing import Any
 from cluster import report_outcome as outcome
 from cluster import report_stages as stages
 from cluster import report_texts as texts
+from cluster.report_timeline import timeline_section
 from cluster.run_files import RunFiles, read_run
 
 FILE_NAME = "report.html"
@@ -97,6 +98,7 @@ def render(run: RunFiles) -> str:
         texts=texts.texts_section(run),
         training_samples=texts.training_samples(run),
         ppo=stages.ppo_section(run),
+        timeline=timeline_section(run),
         judgement=stages.judgement_section(run),
         supervised=stages.supervised_sections(run),
         command=lambda stage: command(run, stage),

@@ -17,6 +17,8 @@ import yaml
 
 from cluster.evaluation import Evaluation, read_evaluation
 from cluster.metrics import read_metrics
+from cluster.timeline import FILE_NAME as TIMELINE
+from cluster.timeline import StepTimeline, read_timeline
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +70,7 @@ class RunFiles:
     reward_model: dict[str, Any] | None = None
     evaluation: Evaluation | None = None
     samples: tuple[SampleFile, ...] = ()
+    timeline: tuple[StepTimeline, ...] = ()
     parameters: int | None = None
     """Weights of the policy."""
     problems: list[str] = field(default_factory=list)
@@ -124,6 +127,7 @@ def read_run(directory: Path) -> RunFiles:
     files = sorted((directory / "ppo" / "samples").glob("step_*.jsonl"))
     read = [attempt(str(path.relative_to(directory)), _sample_file) for path in files]
     run.samples = tuple(samples for samples in read if samples and samples.rows)
+    run.timeline = tuple(attempt(f"ppo/{TIMELINE}", read_timeline) or ())
     for model in ("ppo/final", "sft", "base"):
         run.parameters = run.parameters or attempt(f"{model}/model.safetensors", _count_weights)
     return run

@@ -5,10 +5,9 @@ Every sample that a step submits ends in exactly one of three lists: trained, fi
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from actors.prompts import PromptStream
 from actors.trajectory import Prompt, SampleFailure, Trajectory
+from cluster.timeline import Clock
 from learner.batch import ScoreScale
 from learner.config import PPOConfig
 from learner.sample_filter import EXPLANATIONS, FilterReason, filter_reasons
@@ -60,17 +60,15 @@ class Step:
     """Those of the submitted samples that were asked in place of filtered ones."""
     extra_rounds: int = 0
     extra_prompts: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def scored(self) -> list[Sample]:
         return self.samples + self.filtered
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        """The block is one phase of the loop."""
+        return self.clock.timed(phase)
 
     @property
     def scores(self) -> list[Score]:
@@ -223,8 +221,9 @@ def describe(step: Step) -> dict[str, float]:
     figures |= {f"samples/filtered_{r}": reasons.count(r) for r in sorted(set(reasons))}
     if step.extra_rounds:
         figures["samples/extra_rounds"] = step.extra_rounds
-    figures |= {f"seconds/{phase}": value for phase, value in step.seconds.items()}
-    total = sum(step.seconds.values())
+    seconds = step.clock.seconds()
+    figures |= {f"seconds/{phase}": value for phase, value in seconds.items()}
+    total = sum(seconds.values())
     figures["seconds/step"] = total
     figures["tokens/per_second"] = tokens / total if total else 0.0
     return figures

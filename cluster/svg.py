@@ -46,9 +46,9 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = (
 _ID = re.compile(r'(\bid="|url\(#|href="#)')
 
 
-def to_svg(figure: Any, label: str) -> str:
+def to_svg(figure: Any, label: str, size: tuple[float, float] = (WIDTH, HEIGHT)) -> str:
     """The figure as an ``<svg>`` to put into a page: no header, no addresses, no fixed size, ids
-    that no other figure has, and the page's colours and font."""
+    that no other figure has, and the page's colours and font. ``size`` is in pixels."""
     import matplotlib
     from markupsafe import escape
 
@@ -67,6 +67,6 @@ def to_svg(figure: Any, label: str) -> str:
     for placeholder, variable in _COLOUR_OF.items():
         body = body.replace(placeholder, variable)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">'
+        f'<svg viewBox="0 0 {size[0]:g} {size[1]:g}" role="img" aria-label="{escape(label)}">'
         f"\n{body.strip()}"
     )

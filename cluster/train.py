@@ -25,6 +25,7 @@ from cluster.step import (
     sample_ids,
     watched,
 )
+from cluster.timeline import LEARNERS, Clock
 from learner.batch import ScoreScale, build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
@@ -93,8 +94,12 @@ def train(
     progress: Callable[[int, int, Mapping[str, float]], None],
     warn: Callable[[str], None],
     retry: RetryConfig | None = None,
+    timeline: Callable[[int, Clock], None] = lambda *_: None,
 ) -> bool:
     """Run PPO from ``log.next_step`` to ``config.steps``.
+
+    Args:
+        timeline: Given each step, counted from 1, and who was busy when, once all of it is done.
 
     Returns:
         True when all steps are done, False when ``stop`` asked to end early. A step that was
@@ -107,8 +112,16 @@ def train(
         with step.timed("generate"):
             try:
                 while asked:
-                    answers = rollouts.generate(asked, sampling, run_seed=seed, round_index=number)
-                    scored = score_stream(reward, answers, retry=retry, stop=stop)
+                    answers = rollouts.generate(
+                        asked,
+                        sampling,
+                        run_seed=seed,
+                        round_index=number,
+                        busy=step.clock.generated,
+                    )
+                    scored = score_stream(
+                        reward, answers, retry=retry, stop=stop, busy=step.clock.scored
+                    )
                     collect(step, scored, measure, stop)
                     if stop():
                         return False
@@ -120,19 +133,23 @@ def train(
                 log.set_aside(number, step.failures)
         with step.timed("accounting"):
             step.check_accounts(config.min_trained_share)
-        batch = build_batch(
-            [sample.trajectory for sample in step.samples], step.scores, config, scale
-        )
+            batch = build_batch(
+                [sample.trajectory for sample in step.samples], step.scores, config, scale
+            )
         with step.timed("learn"):
             metrics = learners.update(batch)
         step.check_learned(metrics)
         watch.check(number, metrics)
         with step.timed("broadcast"):
-            update = learners.export_weights(number + 1, probe_sequences(step.samples))
+            with step.clock.timed("export", LEARNERS):
+                update = learners.export_weights(number + 1, probe_sequences(step.samples))
             confirmations = rollouts.load(update)
+        step.clock.remote_parts(metrics, confirmations)
         watch.loaded(confirmations)
         metrics = {**metrics, **describe(step)}
         metrics |= weight_metrics(update, confirmations, metrics["seconds/step"])
-        log.finish_step(number, metrics, step.scored)
+        with step.timed("save"):
+            log.finish_step(number, metrics, step.scored)
+        timeline(number + 1, step.clock)
         progress(number + 1, config.steps, watched(metrics))
     return True

@@ -29,6 +29,10 @@ from learner.tensor_files import below, load_moments, moments_of
 class PPOLearnerActor(PPOLearner):
     """A ``PPOLearner`` that can be asked for its weights and its state."""
 
+    def __repr__(self) -> str:
+        """What Ray's dashboard and log lines call this actor; Ray asks before it has a number."""
+        return "ppo-learner"
+
     @property
     def policy_model(self) -> Any:
         """The Hugging Face model that is being trained."""

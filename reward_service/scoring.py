@@ -24,6 +24,8 @@ from reward_service.score import RewardUnavailable, Score
 logger = logging.getLogger(__name__)
 
 Result = tuple[Trajectory, Score] | SampleFailure
+Busy = Callable[[float, float], None]
+"""Beginning and end of a piece of work, in monotonic seconds."""
 
 LOOK_UP_S = 0.5
 """How often somebody who waits for a score looks whether the run is to stop."""
@@ -36,6 +38,7 @@ def score_stream(
     batch: int = 32,
     retry: RetryConfig | None = None,
     stop: Callable[[], bool] = lambda: False,
+    busy: Busy | None = None,
 ) -> Iterator[Result]:
     """Score samples while later ones are still being generated.
 
@@ -45,12 +48,13 @@ def score_stream(
 
     Args:
         stop: Looked at while scores are awaited; when it is true the iterator ends early.
+        busy: Told of every call of ``reward`` when it began and ended.
 
     Raises:
         RewardUnavailable: The reward could not be reached within ``retry.unreachable_s``.
         Whatever else ``samples`` or ``reward`` raise.
     """
-    scorer = _BackgroundScorer(reward, retry or RetryConfig())
+    scorer = _BackgroundScorer(reward, retry or RetryConfig(), busy)
     try:
         yield from _through(scorer, samples, batch, stop)
     finally:
@@ -99,9 +103,10 @@ class _BackgroundScorer:
     An exception of the reward surfaces in ``finished`` or ``drain``.
     """
 
-    def __init__(self, reward: Reward, retry: RetryConfig) -> None:
+    def __init__(self, reward: Reward, retry: RetryConfig, busy: Busy | None) -> None:
         self._reward = reward
         self._retry = retry
+        self._busy = busy
         self._submitted: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         self._resting: list[_Batch] = []
         self._results: queue.SimpleQueue[list[Result]] = queue.SimpleQueue()
@@ -140,7 +145,11 @@ class _BackgroundScorer:
     def _run(self) -> None:
         try:
             while (batch := self._take()) is not None:
-                self._results.put(self._settled(batch, self._score(batch.samples)))
+                began = time.monotonic()
+                scored = self._score(batch.samples)
+                if self._busy is not None:
+                    self._busy(began, time.monotonic())
+                self._results.put(self._settled(batch, scored))
         except BaseException as error:  # raised again in the caller's thread
             self._error = error
             self._results.put([])

@@ -81,6 +81,7 @@ class SmallSampler:
         *,
         run_seed: int,
         round_index: int,
+        busy: object = None,
     ) -> Iterator[Trajectory]:
         wanted = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
         random.Random(os.urandom(8)).shuffle(wanted)

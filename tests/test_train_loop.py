@@ -63,6 +63,7 @@ class Log:
         self.steps: list[Mapping[str, float]] = []
         self.versions: list[set[int]] = []
         self.warnings: list[str] = []
+        self.timeline: list[dict[str, Any]] = []
 
     def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None:
         assert not failures
@@ -115,6 +116,7 @@ def run(pool: RolloutPool, model: Path, seed: int, ppo: PPOConfig = PPO) -> Log:
             stop=lambda: False,
             progress=lambda *_: None,
             warn=log.warnings.append,
+            timeline=lambda step, clock: log.timeline.append(clock.row(step)),
         )
     return log
 
@@ -145,6 +147,27 @@ def test_ppo_learns_and_the_engine_agrees_with_the_learner(
         )
     assert log.steps[0]["ppo/kl_sequence"] == pytest.approx(0.0, abs=1e-5)
     assert log.warnings == []
+    check_timeline(log)
+
+
+def check_timeline(log: Log) -> None:
+    """Every part that worked in a step is in its lane, inside the phase that waited for it."""
+    assert [row["step"] for row in log.timeline] == list(range(1, STEPS + 1))
+    for row, metrics in zip(log.timeline, log.steps, strict=True):
+        spans = {(lane, what): (start, end) for lane, what, start, end in row["spans"]}
+        phases = {what: end - start for (lane, what), (start, end) in spans.items()
+                  if lane == "driver"}  # fmt: skip
+        for phase in ("generate", "learn", "broadcast"):
+            assert phases[phase] == pytest.approx(metrics[f"seconds/{phase}"], abs=2e-3)
+        inside = {
+            "generate": [("rollout-0", "generate"), ("reward", "score")],
+            "learn": [("learners", "annotate"), ("learners", "epochs")],
+            "broadcast": [("learners", "export"), ("rollout-0", "load"), ("rollout-0", "probe")],
+        }
+        for phase, parts in inside.items():
+            began, ended = spans["driver", phase]
+            for part in parts:
+                assert began - 1e-3 <= spans[part][0] <= spans[part][1] <= ended + 1e-3, part
 
 
 @pytest.mark.parametrize("advantage", ESTIMATORS)

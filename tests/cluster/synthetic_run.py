@@ -45,6 +45,7 @@ def write_synthetic_run(
     articles = articles_of(language, seed)
     write_judgement(run_dir, articles)
     write_ppo_metrics(run_dir, rng)
+    write_timeline(run_dir)
     write_ppo_samples(run_dir, articles)
     write_evaluation(run_dir, evaluation(articles))
     stages = {
@@ -141,6 +142,32 @@ def write_ppo_metrics(run_dir: Path, rng: np.random.Generator) -> None:
     with MetricsWriter(run_dir / "ppo", stage="ppo") as out:
         for step in range(1, PPO_STEPS + 1):
             out.write(step, ppo_metrics(step, rng), total=PPO_STEPS)
+
+
+def write_timeline(run_dir: Path) -> None:
+    """Two rollout actors, one of them slower; a checkpoint after every tenth step."""
+    at = 1_764_000_000.0
+    lines = []
+    for step in range(1, PPO_STEPS + 1):
+        learn, load = 2.4, 6.1
+        end = 7.5 if step % 10 == 0 else 6.5
+        spans = [
+            ("driver", "generate", 0.0, 2.4), ("rollout-0", "generate", 0.01, 1.7),
+            ("rollout-1", "generate", 0.01, 2.2), ("reward", "score", 0.9, 1.1),
+            ("reward", "score", 1.8, 2.38), ("driver", "accounting", 2.4, 2.42),
+            ("driver", "learn", 2.42, 6.0), ("learners", "annotate", learn, 3.2),
+            ("learners", "epochs", 3.2, 5.95), ("driver", "broadcast", 6.0, 6.4),
+            ("learners", "export", 6.0, 6.1), ("rollout-0", "verify", load, 6.15),
+            ("rollout-0", "load", 6.15, 6.25), ("rollout-0", "probe", 6.25, 6.3),
+            ("rollout-1", "verify", load, 6.15), ("rollout-1", "load", 6.15, 6.3),
+            ("rollout-1", "probe", 6.3, 6.38), ("driver", "save", 6.4, end),
+        ]  # fmt: skip
+        if step % 10 == 0:
+            spans.append(("learners", "checkpoint", 6.42, end))
+        lines.append({"step": step, "time": at, "seconds": end, "spans": spans})
+        at += end + 0.02
+    path = run_dir / "ppo" / "timeline.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def ppo_metrics(step: int, rng: np.random.Generator) -> dict[str, float]:

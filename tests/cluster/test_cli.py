@@ -15,7 +15,8 @@ from cluster.cli import main
 
 COMMANDS = [
     "quickstart", "run", "pretrain", "sft", "collect", "reward", "ppo", "evaluate",
-    "loop", "generate", "serve", "report", "doctor", "bench", "feedback",
+    "loop", "generate", "serve", "report", "status", "timeline", "doctor", "plan", "bench",
+    "feedback",
 ]  # fmt: skip
 
 

@@ -111,6 +111,7 @@ def test_a_finished_run_is_told_whole(finished_run: Path, finished_source: str) 
         "Agreement with the judges", "Krippendorff's alpha", "Reward model, with most judges",
         "Always preferring the longer text", "judge-4", "Self-BLEU", "Supervised fine-tuning",
         "What true quality is made of", "generated newswire, English", "4 min 24 s", "torch",
+        "Steps 38 to 40, second by second", "Who waited for what", "rollout-1",
         "420 steps, 1.25M tokens, 41.8k tokens a second, held-out loss 1.1 (perplexity 3)",
     ):  # fmt: skip
         assert expected in page.text, expected

@@ -267,6 +267,19 @@ class SlowReward:
         ]
 
 
+def test_every_call_of_the_reward_is_told_with_its_time(trajectory) -> None:
+    told: list[tuple[float, float]] = []
+    before = time.monotonic()
+    samples = [trajectory(number=n) for n in range(10)]
+    stream = score_stream(
+        SlowReward(0.02), samples, batch=5, busy=lambda start, end: told.append((start, end))
+    )
+    assert len(list(stream)) == 10
+    assert len(told) == 2
+    assert before <= told[0][0] < told[0][1] <= told[1][0] < told[1][1] <= time.monotonic()
+    assert all(end - start >= 0.02 for start, end in told)
+
+
 def test_scoring_overlaps_generation(trajectory) -> None:
     generated: list[float] = []
 
