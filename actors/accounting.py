@@ -1,10 +1,11 @@
 """Exact accounting of samples: queued, in flight on some actor, retried, yielded once.
 
 One thread of the driver runs :meth:`Generation.run`. It consumes what the actors stream, and
-feeds them: every turn it restarts dead actors, keeps each serving actor's batch full, waits for
-an outcome, and yields what it can. A sample whose actor dies goes back to the front of the
-queue with its seed, so that whoever samples it next gets the same tokens. One that an actor which
-lives on could not generate rests for a while first, twice as long each time.
+feeds them: every turn it restarts dead actors, keeps each healthy actor's batch full, waits for
+an outcome, and yields what it can. A sample whose actor is lost goes back to the front of the
+queue with its seed, so that whoever samples it next gets the same tokens; what the lost actor
+might still have sent is never read. A sample that an actor which lives on could not generate rests
+for a while first, twice as long each time.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.config import RolloutConfig, SamplingConfig
-from actors.fleet import Fleet, State, Worker, brief
+from actors.fleet import Fleet
 from actors.generation import Completion, SampleRequest
+from actors.processes import brief
 from actors.rollout_actor import Outcome, Refused
 from actors.trajectory import Prompt, SampleFailure, Trajectory, sample_seed
+from actors.worker import State, Worker
 
 Progress = Callable[[int, int], None]
 Record = Trajectory | SampleFailure
@@ -96,6 +99,8 @@ class Generation:
         self._streams: list[_Stream] = []
         self._total = len(self._queue)
         self._worked: dict[str, tuple[float, float]] = {}
+        self.again = 0
+        """Samples that were in flight on an actor when it was lost."""
 
     def run(self, progress: Progress | None) -> Iterator[Record]:
         """Yield one record for each sample; whatever ends it early leaves the engines idle."""
@@ -116,6 +121,9 @@ class Generation:
             busy(name, began, ended)
 
     def _turn(self) -> Iterator[Record]:
+        self._fleet.check()
+        for worker in {s.worker for s in self._streams if s.worker.state is State.DEAD}:
+            yield from self._recover(worker)
         self._fleet.respawn()
         pause = self._wake()
         self._dispatch()
@@ -125,11 +133,16 @@ class Generation:
         if not self._streams and not self._queue:
             time.sleep(pause)
         for stream in [s for s in self._streams if s.results in ready]:
-            if stream in self._streams:  # unless its worker was lost a moment ago
+            if stream.worker.state is not State.DEAD:
                 yield from self._read(stream)
-        for stream in list(self._streams):
-            if stream in self._streams and self._hangs(stream):
-                yield from self._recover(stream.worker)
+        self._fleet.listen(self._busy())
+        for worker in self._busy():
+            self._end_if_stuck(worker)
+
+    def _busy(self) -> list[Worker]:
+        """Workers that have samples and are not lost."""
+        busy = dict.fromkeys(stream.worker for stream in self._streams)
+        return [worker for worker in busy if worker.state is not State.DEAD]
 
     def _wake(self) -> float:
         """Queue the samples that have rested; returns how long to wait for the next, in s."""
@@ -139,14 +152,14 @@ class Generation:
         return min([1.0, *(due - now for due, _ in self._resting)])
 
     def _dispatch(self) -> None:
-        """Keep every serving worker's batch full, and no worker's backlog long."""
-        serving = self._fleet.of_state(State.SERVING)
+        """Keep every healthy worker's batch full, and no worker's backlog long."""
+        serving = self._fleet.of_state(State.HEALTHY)
         width = self._config.engine.max_num_seqs
         spare = max(1, width // 4)  # waiting in the engine, so that its batch never runs short
         for worker in serving:
             in_flight = sum(len(s.samples) for s in self._streams if s.worker is worker)
             room = width + spare - in_flight
-            if len(self._fleet.workers) == 1:
+            if self._config.most_actors == 1:
                 # Nobody to share with: everything at once, so that what is decoded side by side
                 # does not depend on time. With several threads an engine's last bits depend on it.
                 room = len(self._queue)
@@ -174,6 +187,7 @@ class Generation:
         ]
         now = time.monotonic()
         self._worked.setdefault(worker.name, (now, now))
+        self._fleet.heard(worker)
         results = worker.handle.generate.options(num_returns="streaming").remote(requests)
         return _Stream(worker, samples, results)
 
@@ -181,18 +195,21 @@ class Generation:
         """Take what a stream has ready."""
         worker = stream.worker
         try:
-            outcomes: list[Outcome] = ray.get(next(stream.results))
+            # What is ready may have to be fetched, and its node may be out of reach by now.
+            outcomes: list[Outcome] = ray.get(
+                next(stream.results), timeout=self._config.heartbeat_timeout_s
+            )
         except StopIteration:
             self._streams.remove(stream)
             assert not stream.samples, "an actor ended a stream before its samples"
             return
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:
             reason = f"{worker.name} died while generating: {brief(error)}"
             self._fleet.lose(worker, reason, error)
-            yield from self._recover(worker)
             return
         stream.heard = time.monotonic()
         self._worked[worker.name] = self._worked[worker.name][0], stream.heard
+        self._fleet.heard(worker)
         for outcome in outcomes:
             if isinstance(outcome, Refused) and outcome.engine_lost:
                 self._lose(worker, outcome.reason)  # with all that it has in flight
@@ -202,8 +219,6 @@ class Generation:
                 yield from self._retry(sample, outcome.reason, rest=True)
             else:
                 yield from self._finish(sample, outcome, worker)
-        if worker.state is State.DEAD:
-            yield from self._recover(worker)
 
     def _lose(self, worker: Worker, reason: str) -> None:
         if worker.state is not State.DEAD:
@@ -256,32 +271,32 @@ class Generation:
 
         Engines begin requests in the order in which they come, so only the first
         ``max_num_seqs`` can have been running; what merely waited behind them is not charged
-        with the loss.
+        with the loss. Nothing is when the worker was lost with its node.
         """
         streams = [s for s in self._streams if s.worker is worker]
         self._streams = [s for s in self._streams if s.worker is not worker]
         unfinished = [sample for stream in streams for sample in stream.samples.values()]
-        running = self._config.engine.max_num_seqs
+        self.again += len(unfinished)
+        running = 0 if worker.blameless else self._config.engine.max_num_seqs
         self._queue.extendleft(reversed(unfinished[running:]))
         for sample in reversed(unfinished[:running]):  # each goes to the front
             yield from self._retry(sample, worker.reason, rest=False)
 
-    def _hangs(self, stream: _Stream) -> bool:
-        """Whether a stream has been silent for too long; its worker is then lost."""
-        worker, limit = stream.worker, self._config.sample_timeout_s
-        heard = max(s.heard for s in self._streams if s.worker is worker)
-        if time.monotonic() - heard <= limit:
-            return False
-        reason = (
-            f"{worker.name} finished no sample for {limit:g} s, with {len(stream.samples)} in"
-            " flight (rollout.sample_timeout_s)"
-        )
-        self._fleet.lose(worker, reason)
-        return True
+    def _end_if_stuck(self, worker: Worker) -> None:
+        """Lose a worker that lives but has finished no sample for too long."""
+        streams = [stream for stream in self._streams if stream.worker is worker]
+        limit = self._config.sample_timeout_s
+        if time.monotonic() - max(stream.heard for stream in streams) > limit:
+            in_flight = sum(len(stream.samples) for stream in streams)
+            self._fleet.lose(
+                worker,
+                f"{worker.name} finished no sample for {limit:g} s, with {in_flight} in flight"
+                " (rollout.sample_timeout_s)",
+            )
 
     def _abort(self) -> None:
         """Have the actors forget what is in flight."""
         busy = {s.worker.name: s.worker for s in self._streams}
         calls = [w.handle.abort.remote() for w in busy.values() if w.handle is not None]
         if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=self._config.update_timeout_s)
+            ray.wait(calls, num_returns=len(calls), timeout=self._config.heartbeat_timeout_s)

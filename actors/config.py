@@ -128,7 +128,17 @@ class EngineConfig(StrictConfig):
 class RolloutConfig(StrictConfig):
     """The pool of Ray actors that generate."""
 
-    num_actors: int = Field(1, ge=1)
+    num_actors: int = Field(1, ge=1, description="as many are wanted, and asked of an autoscaler")
+    min_actors: int | None = Field(
+        None,
+        ge=1,
+        description="as few may generate while others are lost or lack room; default: num_actors",
+    )
+    max_actors: int | None = Field(
+        None,
+        ge=1,
+        description="as many are started while nodes have room for them; default: num_actors",
+    )
     num_cpus_per_actor: float = Field(1.0, ge=0)
     num_gpus_per_actor: float = Field(0.0, ge=0)
     resources_per_actor: dict[str, float] = Field(
@@ -136,6 +146,11 @@ class RolloutConfig(StrictConfig):
         description="custom resources of nodes for generators, as {rlhf_generator: 1}",
     )
     start_timeout_s: float = Field(300.0, gt=0, description="an engine must be ready by then")
+    heartbeat_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="an actor that works on samples must answer by then; suspected after a third",
+    )
     sample_timeout_s: float = Field(300.0, gt=0, description="no sample finished for so long")
     update_timeout_s: float = Field(120.0, gt=0, description="a weight update must confirm by then")
     max_retries: int = Field(2, ge=0, description="retries of a sample whose generation failed")
@@ -149,3 +164,25 @@ class RolloutConfig(StrictConfig):
         " 1e-3 suits float32, bfloat16 engines need about 0.1",
     )
     engine: EngineConfig = EngineConfig()
+
+    @property
+    def fewest_actors(self) -> int:
+        return self.num_actors if self.min_actors is None else self.min_actors
+
+    @property
+    def most_actors(self) -> int:
+        return self.num_actors if self.max_actors is None else self.max_actors
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> RolloutConfig:
+        if not self.fewest_actors <= self.num_actors <= self.most_actors:
+            raise ValueError(
+                f"rollout.num_actors is {self.num_actors}, which is not between min_actors"
+                f" {self.fewest_actors} and max_actors {self.most_actors}"
+            )
+        if self.engine.weight_transfer == "nccl" and self.fewest_actors != self.most_actors:
+            raise ValueError(
+                "rollout.engine.weight_transfer 'nccl' reaches the actors that there are when"
+                " weights are sent, and no later ones: use 'ray' with min_actors or max_actors"
+            )
+        return self

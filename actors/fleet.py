@@ -1,101 +1,109 @@
 """The rollout actors of a pool: started, kept alive, and never serving stale weights.
 
-Each worker is in one state::
+:mod:`actors.worker` has the states of each. A worker that refuses weights (a corrupt tensor, a
+probe that disagrees) is given them once more, since what spoilt them may have been passing; its
+confirmation says so. A worker that is lost is started anew, wherever there is room, and is given
+the fleet's current weights before it serves.
 
-    STARTING --built--> LOADING --confirmed--> SERVING
-        ^                |  ^  ^                  |
-        |                |  |  +--- new weights --+
-        |                |  +--- refused: the same weights once more
-        |          refused twice
-        |                v
-        |               REFUSING   (waits for the next weights)
-        +-- respawned -- DEAD  <-- died, hung, or lost its engine, from any state
+How many there are follows the cluster. ``num_actors`` are always asked for, which is what an
+autoscaler sees; while ``min_actors`` of them serve, the others may be away. Up to ``max_actors``
+are there as long as nodes have room for them. Workers leave a node that is being drained at once.
 
-A worker that refuses weights (a corrupt tensor, a probe that disagrees) is given them once more,
-since what spoilt them may have been passing; its confirmation says so. A worker that comes back
-from DEAD passes LOADING with the fleet's current weights before it serves. Nothing here runs in
-the background: the owner calls :meth:`Fleet.wait`, which advances the workers and returns what
-has arrived.
+Nothing here runs in the background: the owner calls :meth:`Fleet.check`, :meth:`Fleet.respawn` and
+:meth:`Fleet.wait` in turn. The last advances the workers and returns what has arrived.
 """
 
 from __future__ import annotations
 
-import enum
+import itertools
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import RolloutConfig
 from actors.environment import engine_environment
 from actors.generation import EngineLost
+from actors.nodes import Nodes, compare, read_nodes, room, why_leave
+from actors.processes import brief, end
 from actors.rollout_actor import EngineInfo, RolloutActor
-from actors.weights import UpdateConfirmation, WeightError, WeightMismatch, WeightUpdate
+from actors.weights import (
+    UpdateConfirmation,
+    WeightError,
+    WeightMismatch,
+    WeightsLost,
+    WeightUpdate,
+)
+from actors.worker import Event, State, Worker, judge_silence
 
-
-class State(enum.Enum):
-    STARTING = "starting"
-    LOADING = "loading weights"
-    SERVING = "serving"
-    REFUSING = "refusing to generate"
-    DEAD = "dead"
-
-
-@dataclass(eq=False)
-class Worker:
-    """One rollout actor as the driver sees it.
-
-    Attributes:
-        name: Also the actor's name in Ray's dashboard.
-        pending: What STARTING or LOADING waits for, until ``deadline`` (monotonic seconds).
-        loading: The update that it was last given.
-        refusal: Why it refused that update the first time; empty if it did not.
-        failures: Deaths since it last came to SERVING.
-        reason: Why it is DEAD or REFUSING.
-    """
-
-    name: str
-    state: State = State.DEAD
-    handle: Any = None
-    pending: Any = None
-    deadline: float = 0.0
-    failures: int = 0
-    reason: str = "not started"
-    info: EngineInfo | None = None
-    loading: WeightUpdate | None = None
-    refusal: str = ""
-    confirmation: UpdateConfirmation | None = None
-    error: Exception | None = field(default=None, repr=False)
+LOOK_EVERY_S = 1.0
+"""How often the nodes of the cluster are looked at: one call to its control store."""
+ASK_EVERY_S = 2.0
+"""How long a worker that has samples may be silent before it is asked whether it lives."""
+REST_S = 30.0
+"""How long a worker that could not be started rests while enough others serve."""
 
 
 class Fleet:
-    """All workers of one pool. Not thread-safe."""
+    """All workers of one pool. Not thread-safe.
+
+    Args:
+        placement_group: Where the first ``num_actors`` are placed; anywhere when ``None``.
+        reserve: Resources of the cluster that extra workers leave to others.
+        tell: Called with a sentence for every worker that is lost, and that joins.
+        look: Replaced in tests.
+    """
 
     def __init__(
-        self, model_dir: Path, config: RolloutConfig, *, name: str, placement_group: Any = None
+        self,
+        model_dir: Path,
+        config: RolloutConfig,
+        *,
+        name: str,
+        placement_group: Any = None,
+        reserve: Mapping[str, float] | None = None,
+        tell: Callable[[str], None] = lambda _: None,
+        look: Callable[[], Nodes] = read_nodes,
     ) -> None:
-        self.workers = [Worker(name=f"{name}-{i}") for i in range(config.num_actors)]
+        self._names = (f"{name}-{i}" for i in itertools.count())
+        self.workers = [Worker(name=next(self._names)) for _ in range(config.num_actors)]
         # What a worker must have loaded to serve; nothing of it can be replayed when the
         # update is None though the version is not 0, the checkpoint's.
         self.version = 0
         self.update: WeightUpdate | None = None
         self.info: EngineInfo | None = None  # of any worker: they are all alike
+        self.losses = 0
+        """Workers lost since the fleet was made."""
         self._model_dir = model_dir
         self._config = config
         self._placement_group = placement_group
+        self._ask = {
+            "CPU": config.num_cpus_per_actor,
+            "GPU": config.num_gpus_per_actor,
+            **config.resources_per_actor,
+        }
+        self._reserve = reserve or {}
+        self._tell = tell
+        self._look = look
+        self._nodes: Nodes = {}
+        self._looked = -LOOK_EVERY_S
 
     def of_state(self, *states: State) -> list[Worker]:
         return [worker for worker in self.workers if worker.state in states]
 
+    @property
+    def enough(self) -> bool:
+        """Whether as many have the current weights as must."""
+        return len(self.of_state(State.HEALTHY, State.SUSPECT)) >= self._config.fewest_actors
+
     def bring_up(self) -> None:
-        """Return when every worker serves, starting those that are dead.
+        """Return when all workers serve or, where fewer may, those that are not being started.
 
         Raises:
             TimeoutError: a worker was not ready in time.
@@ -103,33 +111,54 @@ class Fleet:
             RuntimeError: a worker keeps dying, or cannot be built.
         """
         while True:
+            self.check()
             self.respawn()
-            if not self.of_state(State.STARTING, State.LOADING):
+            hope = self.of_state(State.RESTARTING) and not self._weights_lost
+            if not self.of_state(State.STALE) and (self.enough or not hope):
                 break
             self.wait([], 1.0)
-        if refusing := self.of_state(State.REFUSING):
-            raise WeightError(refusing[0].reason)
+        if not self.enough:
+            raise self._refusal()
+
+    def check(self) -> None:
+        """Give up workers whose node is gone or leaves."""
+        if time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._nodes, self._looked = self._look(), time.monotonic()
+        for worker in self.workers:
+            if worker.info is not None and (why := why_leave(self._nodes, worker.info.node_id)):
+                self.lose(worker, f"{worker.name}: {why}", blameless=True)
 
     def respawn(self) -> None:
-        """Start every dead worker anew; returns at once.
+        """Start every dead worker anew, and more while there is room; returns at once.
 
         Raises:
-            RuntimeError: it died too often in a row.
+            RuntimeError: one died too often in a row, and too few others serve.
             Exception: what it died of, when a restart would not mend that.
         """
         for worker in self.of_state(State.DEAD):
             error, failures = worker.error, worker.failures
-            mendable = error is None or isinstance(error, RayActorError | EngineLost)
-            if mendable and failures <= self._config.max_retries:
-                self._spawn(worker)
+            mendable = error is None or isinstance(error, RayError | EngineLost)
+            others = len(self.of_state(State.STALE, State.HEALTHY, State.SUSPECT))
+            if worker.extra:
+                self.workers.remove(worker)
+            elif others >= self._config.fewest_actors and time.monotonic() < worker.rests_until:
                 continue
-            worker.error, worker.failures = None, 0  # whoever tries again starts afresh
-            if error is not None and not mendable:
-                raise error
-            raise RuntimeError(
-                f"{worker.name} failed {failures} times in a row (rollout.max_retries is"
-                f" {self._config.max_retries}); last: {worker.reason}"
-            ) from error
+            elif mendable and failures <= self._config.max_retries:
+                self._spawn(worker)
+            elif others >= self._config.fewest_actors:
+                worker.error, worker.failures = None, self._config.max_retries  # one more try
+                worker.rests_until = time.monotonic() + REST_S
+                self._tell(f"{others} others serve; {worker.name} is tried again in {REST_S:g} s")
+            else:
+                worker.error, worker.failures = None, 0  # whoever tries again starts afresh
+                if error is not None and not mendable:
+                    raise error
+                raise RuntimeError(
+                    f"{worker.name} failed {failures} times in a row (rollout.max_retries is"
+                    f" {self._config.max_retries}); last: {worker.reason}"
+                ) from error
+        self._grow()
 
     def require_hope(self) -> None:
         """Raise when no worker serves or is about to.
@@ -137,16 +166,18 @@ class Fleet:
         Raises:
             WeightError: they all refuse the current weights.
         """
-        if not self.of_state(State.STARTING, State.LOADING, State.SERVING):
-            raise WeightError("; ".join(w.reason for w in self.of_state(State.REFUSING)))
+        serving = self.of_state(State.STALE, State.HEALTHY, State.SUSPECT)
+        if not serving and (self._weights_lost or not self.of_state(State.RESTARTING)):
+            raise self._refusal()
 
     def wait(self, streams: Sequence[Any], timeout_s: float) -> list[Any]:
         """Advance workers that start or load; return the streams that have something to read."""
         pending = {
-            worker.pending: worker for worker in self.of_state(State.STARTING, State.LOADING)
+            worker.pending: worker for worker in self.of_state(State.RESTARTING, State.STALE)
         }
         waited = [*pending, *streams]
         if not waited:
+            time.sleep(min(timeout_s, 0.1))
             return []
         until = min([w.deadline - time.monotonic() for w in pending.values()], default=timeout_s)
         ready, _ = ray.wait(
@@ -165,26 +196,76 @@ class Fleet:
                 self._overdue(worker)
         return [stream for stream in streams if stream in ready]
 
+    def listen(self, busy: Iterable[Worker]) -> None:
+        """Ask those that have samples, and were not heard of for a while, whether they live.
+
+        Who does not answer is suspected, and then lost: a process that hangs, a node whose network
+        is cut. A long decoding step is no reason: the actor answers beside it.
+        """
+        for worker in dict.fromkeys([*busy, *self.of_state(State.SUSPECT)]):
+            now = time.monotonic()
+            if worker.ping is None:
+                if now - worker.heard > ASK_EVERY_S:
+                    worker.ping = worker.handle.ping.remote()
+                    worker.silent_since = now
+                continue
+            if ray.wait([worker.ping], timeout=0.0)[0]:
+                try:
+                    ray.get(worker.ping)
+                except RayError as error:
+                    self.lose(worker, f"{worker.name} died: {brief(error)}", error)
+                else:
+                    self.heard(worker)
+                continue
+            assert worker.silent_since is not None
+            limit = self._config.heartbeat_timeout_s
+            event = judge_silence(now - worker.silent_since, limit)
+            if event is Event.LOST:
+                self.lose(
+                    worker,
+                    f"{worker.name} did not answer for {limit:g} s (rollout.heartbeat_timeout_s)",
+                )
+            elif event is not None:
+                worker.on(event)
+
+    def heard(self, worker: Worker) -> None:
+        """A worker that has samples, or is given some, gave a sign of life."""
+        worker.heard, worker.ping, worker.silent_since = time.monotonic(), None, None
+        worker.on(Event.HEARD)
+
     def broadcast(self, update: WeightUpdate) -> list[UpdateConfirmation]:
-        """Load ``update`` into every worker; all serve it afterwards, or an error is raised.
+        """Load ``update`` into every worker; those that are up serve it afterwards, or an error is
+        raised. Returns their confirmations.
 
         Raises:
             WeightError: a worker refused it twice. Those that refuse do so until the next good
                 update.
-            TimeoutError: a worker did not confirm within ``update_timeout_s``.
+            RuntimeError: a worker did not confirm within ``update_timeout_s``, time and again.
         """
         self.version, self.update = update.version, update
-        for worker in self.of_state(State.SERVING, State.REFUSING):
+        for worker in self.of_state(State.HEALTHY, State.SUSPECT, State.REFUSING):
             self._load(worker)
         self.bring_up()
-        return [cast(UpdateConfirmation, worker.confirmation) for worker in self.workers]
+        serving = self.of_state(State.HEALTHY)
+        return [cast(UpdateConfirmation, worker.confirmation) for worker in serving]
 
-    def lose(self, worker: Worker, reason: str, error: Exception | None = None) -> None:
+    def lose(
+        self,
+        worker: Worker,
+        reason: str,
+        error: Exception | None = None,
+        *,
+        blameless: bool = False,
+    ) -> None:
         """Declare a worker dead and make sure that its process is."""
-        worker.state, worker.reason, worker.error = State.DEAD, reason, error
-        worker.failures += 1
-        worker.pending = worker.confirmation = None
-        _end([worker], timeout_s=10.0)
+        worker.on(Event.LOST)
+        worker.reason, worker.error = reason, error
+        worker.blameless = blameless or isinstance(error, ActorUnavailableError)
+        worker.failures += not worker.blameless
+        worker.pending = worker.confirmation = worker.ping = worker.silent_since = None
+        self.losses += 1
+        self._tell(f"lost: {reason}")
+        end([worker], timeout_s=10.0)
 
     def shutdown(self, timeout_s: float = 20.0) -> None:
         """End every actor and return when the processes of this node are gone."""
@@ -193,14 +274,25 @@ class Fleet:
         alive = [worker for worker in self.workers if worker.handle is not None]
         for worker in alive:
             worker.state, worker.reason, worker.pending = State.DEAD, "shut down", None
-        if left := _end(alive, timeout_s):
+        if left := end(alive, timeout_s):
             raise TimeoutError(f"rollout actors with process ids {left} live on")
+
+    def _grow(self) -> None:
+        """Start as many more workers as there is room for, once all others have theirs."""
+        spare = self._config.most_actors - len(self.workers)
+        if spare <= 0 or self.of_state(State.DEAD, State.RESTARTING) or not self._nodes:
+            return
+        for _ in range(min(spare, room(self._nodes, self._ask, self._reserve, len(self.workers)))):
+            worker = Worker(name=next(self._names), extra=True)
+            self.workers.append(worker)
+            self._spawn(worker)
+            self._tell(f"there is room for one more: starting {worker.name}")
 
     def _spawn(self, worker: Worker) -> None:
         config = self._config
         strategy = (
             PlacementGroupSchedulingStrategy(self._placement_group)
-            if self._placement_group is not None
+            if self._placement_group is not None and not worker.extra
             else "DEFAULT"
         )
         actor = ray.remote(RolloutActor).options(
@@ -216,28 +308,26 @@ class Fleet:
         worker.handle = actor.remote(
             worker.name, str(self._model_dir), config.engine, config.probe_tolerance
         )
-        worker.state, worker.error = State.STARTING, None
+        worker.on(Event.SPAWNED)
+        worker.error = None
         worker.pending = worker.handle.start.remote()
         worker.deadline = time.monotonic() + config.start_timeout_s
 
     def _load(self, worker: Worker, refusal: str = "") -> None:
         """Give a worker the current weights; ``refusal`` is why it has refused them before."""
-        worker.state, worker.confirmation = State.LOADING, None
+        worker.on(Event.NEW_WEIGHTS)
+        worker.confirmation = worker.ping = worker.silent_since = None
         worker.loading, worker.refusal = self.update, refusal
         worker.pending = worker.handle.load.remote(self.update)
         worker.deadline = time.monotonic() + self._config.update_timeout_s
 
     def _advance(self, worker: Worker) -> None:
-        """Take the answer that STARTING or LOADING was waiting for."""
-        starting, ref = worker.state is State.STARTING, worker.pending
+        """Take the answer that RESTARTING or STALE was waiting for."""
+        starting, ref = worker.state is State.RESTARTING, worker.pending
         outdated = worker.loading is not self.update
         worker.pending = None
         try:
             answer = ray.get(ref)
-        except RayActorError as error:
-            self.lose(
-                worker, f"{worker.name} died while {worker.state.value}: {brief(error)}", error
-            )
         except RayTaskError as error:
             cause = cast(Exception, error.cause)
             if isinstance(cause, WeightError) and outdated:
@@ -246,81 +336,67 @@ class Fleet:
                 self._refused(worker, cause)
             else:
                 self.lose(worker, f"{worker.name}: {cause}", cause)
+        except RayError as error:
+            self.lose(
+                worker, f"{worker.name} died while {worker.state.value}: {brief(error)}", error
+            )
         else:
             if starting:
                 worker.info = self.info = answer
+                worker.on(Event.BUILT)
             else:
                 worker.confirmation = replace(answer, refusal=worker.refusal)
             if self.update is not None and (starting or outdated):
                 self._load(worker)
             elif starting and self.version != 0:
-                worker.state = State.REFUSING
+                worker.on(Event.REFUSED)
                 worker.reason = (
                     f"{worker.name} was restarted and weight version {self.version} came by NCCL,"
                     " so it cannot be replayed: send it again"
                 )
+                worker.error = WeightError(worker.reason)
             else:
-                worker.state, worker.reason, worker.failures = State.SERVING, "", 0
+                self._confirmed(worker)
+
+    def _confirmed(self, worker: Worker) -> None:
+        worker.on(Event.CONFIRMED)
+        if worker.failures or worker.blameless or (worker.extra and worker.reason):
+            self._tell(f"{worker.name} serves, with weight version {self.version}")
+        worker.reason, worker.error, worker.failures, worker.blameless = "", None, 0, False
+        worker.heard = time.monotonic()
 
     def _refused(self, worker: Worker, error: WeightError) -> None:
         """Give the same weights once more; stop at the second refusal."""
-        if not worker.refusal and not isinstance(error, WeightMismatch):
+        if not worker.refusal and not isinstance(error, WeightMismatch | WeightsLost):
             self._load(worker, refusal=str(error))
             return
         twice = "twice: " if worker.refusal else ""
-        worker.state, worker.reason = State.REFUSING, f"{twice}{error}"
+        worker.on(Event.REFUSED)
+        worker.reason, worker.error = f"{twice}{error}", error
+        self._tell(f"{worker.name} refuses weight version {self.version}: {worker.reason}")
+
+    def _refusal(self) -> WeightError:
+        """Why there are too few that serve: what those that refuse say."""
+        kind = WeightsLost if self._weights_lost else WeightError
+        reasons = [worker.reason for worker in self.of_state(State.REFUSING)]
+        return kind("; ".join(dict.fromkeys(reasons)))
+
+    @property
+    def _weights_lost(self) -> bool:
+        """Whether nobody more can get the current weights."""
+        return any(isinstance(w.error, WeightsLost) for w in self.of_state(State.REFUSING))
 
     def _overdue(self, worker: Worker) -> None:
         config = self._config
-        if worker.state is State.STARTING:
-            there, free = ray.cluster_resources(), ray.available_resources()
-            reason = (
-                f"{worker.name} was not ready within {config.start_timeout_s:g} s"
-                f" (rollout.start_timeout_s). It asks for {config.num_cpus_per_actor:g} CPU and"
-                f" {config.num_gpus_per_actor:g} GPU; the cluster has {there.get('CPU', 0):g} CPU"
-                f" ({free.get('CPU', 0):g} free) and {there.get('GPU', 0):g} GPU"
-                f" ({free.get('GPU', 0):g} free)"
-            )
-        else:
-            reason = (
+        if worker.state is State.STALE:
+            self.lose(
+                worker,
                 f"{worker.name} did not confirm weight version {self.version} within"
-                f" {config.update_timeout_s:g} s (rollout.update_timeout_s)"
+                f" {config.update_timeout_s:g} s (rollout.update_timeout_s)",
             )
+            return
+        reason = (
+            f"{worker.name} was not ready within {config.start_timeout_s:g} s"
+            f" (rollout.start_timeout_s). {compare(self._ask)}"
+        )
         self.lose(worker, reason, TimeoutError(reason))
-
-
-def brief(error: Exception) -> str:
-    """The telling lines of Ray's long messages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [
-        line for line in lines if line.startswith(("The actor is dead because", "Worker exit"))
-    ]
-    return " ".join(dict.fromkeys([*lines[:1], *telling]))
-
-
-def _end(workers: Sequence[Worker], timeout_s: float) -> list[int]:
-    """End actors and their processes; returns ids of those on this node that live on.
-
-    Ray asks a process to end; one that hangs does not hear it and is killed.
-    """
-    processes = [process for worker in workers if (process := _process_here(worker.info))]
-    for worker in workers:
-        if worker.handle is not None:
-            ray.kill(worker.handle, no_restart=True)
-        worker.handle = worker.info = None
-    _, deaf = psutil.wait_procs(processes, timeout=min(3.0, timeout_s))
-    for process in deaf:
-        process.kill()
-    _, left = psutil.wait_procs(deaf, timeout=timeout_s)
-    return [process.pid for process in left]
-
-
-def _process_here(info: EngineInfo | None) -> Any:
-    """The process of an actor (a ``psutil.Process``) if it lives on this node."""
-    if info is None or info.node_id != ray.get_runtime_context().get_node_id():
-        return None
-    try:
-        process = psutil.Process(info.pid)
-    except psutil.NoSuchProcess:
-        return None
-    return process if process.create_time() == info.created else None

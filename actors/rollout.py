@@ -11,7 +11,7 @@ actor dies is sampled again elsewhere, with the same seed and so with the same t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +26,7 @@ from actors.generation import check_prompt
 from actors.rollout_actor import EngineInfo
 from actors.trajectory import Float32Array, Prompt, SampleFailure, Trajectory
 from actors.weights import Probe, UpdateConfirmation, WeightUpdate, read_checkpoint, weight_files
+from actors.worker import State
 
 
 class RolloutPool:
@@ -36,6 +37,9 @@ class RolloutPool:
             every node that actors run on.
         name: Actors are called ``name-0``, ``name-1``, ... in Ray's dashboard and logs.
         placement_group: Where actors are placed; anywhere when ``None``.
+        reserve: Resources of the cluster that a pool which grows (``max_actors``) leaves to
+            others.
+        tell: Called with a sentence when an actor is lost, comes back, joins or leaves.
     """
 
     def __init__(
@@ -45,15 +49,25 @@ class RolloutPool:
         *,
         name: str = "rollout",
         placement_group: Any = None,
+        reserve: Mapping[str, float] | None = None,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         weight_files(model_dir)  # a missing checkpoint is told here, not by an actor
         self._config = config
-        self._fleet = Fleet(model_dir, config, name=name, placement_group=placement_group)
+        self._fleet = Fleet(
+            model_dir,
+            config,
+            name=name,
+            placement_group=placement_group,
+            reserve=reserve,
+            tell=tell,
+        )
+        self._again = 0
         self._version = 0
         self._generating = False
 
     def start(self) -> None:
-        """Start the actors and return when all of them can generate.
+        """Start the actors; returns when all of them can generate, or as many as must.
 
         Raises:
             FileNotFoundError: the model directory lacks something.
@@ -77,6 +91,14 @@ class RolloutPool:
         trace: TracebackType | None,
     ) -> None:
         self.shutdown()
+
+    def figures(self) -> dict[str, float]:
+        """How many actors serve, and what was lost since the pool was made."""
+        return {
+            "rollout/engines": len(self._fleet.of_state(State.HEALTHY)),
+            "recovery/engines_lost": self._fleet.losses,
+            "recovery/samples_again": self._again,
+        }
 
     @property
     def version(self) -> int:
@@ -157,8 +179,9 @@ class RolloutPool:
             WeightError: the update is of another architecture, or an actor was given it twice
                 and each time found a corrupt tensor or a probe that disagrees. Actors that
                 refuse generate again after the next good update.
-            TimeoutError: an actor did not confirm within ``update_timeout_s``.
-            RuntimeError: samples are in flight, or an actor keeps dying.
+            WeightsLost: the tensors are gone with the learner that held them.
+            RuntimeError: samples are in flight, or an actor keeps dying or staying silent for
+                ``update_timeout_s``.
         """
         self._require_idle("load weights")
         confirmations = self._fleet.broadcast(update.publish())
@@ -208,7 +231,7 @@ class RolloutPool:
         """
         self._require_idle("compute log-probabilities")
         self._fleet.bring_up()
-        workers = self._fleet.workers[: len(sequences)]
+        workers = self._fleet.of_state(State.HEALTHY)[: len(sequences)]
         shares = [range(i, len(sequences), len(workers)) for i in range(len(workers))]
         calls = [
             worker.handle.logprobs.remote([sequences[i] for i in share])
@@ -259,5 +282,6 @@ class RolloutPool:
             yield from generation.run(progress)
         finally:
             self._generating = False
+            self._again += generation.again
             if busy is not None:
                 generation.tell(busy)

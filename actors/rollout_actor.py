@@ -29,7 +29,7 @@ from actors.config import EngineConfig
 from actors.engine import VLLMEngine
 from actors.generation import Completion, ControlCall, Engine, EngineLost, SampleRequest
 from actors.trajectory import Float32Array, Int32Array
-from actors.weights import Probe, UpdateConfirmation, WeightUpdate
+from actors.weights import Probe, UpdateConfirmation, WeightsLost, WeightUpdate
 
 T = TypeVar("T")
 
@@ -232,13 +232,28 @@ class RolloutActor:
             if prompts:
                 self._engine.abort(list(prompts))
 
+    async def ping(self) -> None:
+        """Answer, whatever the engine is doing."""
+
     async def abort(self) -> None:
         """End everything in flight; done when the engine is idle."""
         await asyncio.wrap_future(self._engine.abort())
 
     async def load(self, update: WeightUpdate) -> UpdateConfirmation:
-        """Load, verify and prove weights; see :meth:`actors.engine.VLLMEngine.load`."""
-        tensors = await update.tensors if update.published else update.tensors
+        """Load, verify and prove weights; see :meth:`actors.engine.VLLMEngine.load`.
+
+        Raises:
+            WeightsLost: the tensors are gone with the process that published them.
+        """
+        from ray.exceptions import ObjectLostError
+
+        try:
+            tensors = await update.tensors if update.published else update.tensors
+        except ObjectLostError as error:
+            raise WeightsLost(
+                f"weight version {update.version} is gone with the process that published it:"
+                f" {str(error).splitlines()[0]}"
+            ) from error
         arrived = replace(update, tensors=tensors)
         return await self._call(lambda engine: engine.load(arrived, self._tolerance))
 

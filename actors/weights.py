@@ -46,6 +46,10 @@ class WeightMismatch(WeightError):
     """An update of another architecture, which sending it again cannot mend."""
 
 
+class WeightsLost(WeightError):
+    """The tensors of an update are gone with the learner, or its node, that held them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorInfo:
     """What a tensor must be on arrival.

@@ -458,6 +458,35 @@ ACCOUNTING = (
     ),
 )
 
+RECOVERY = (
+    Metric(
+        name="rollout/engines",
+        meaning="Rollout actors that serve the step's new weights.",
+        trend="`rollout.num_actors`; between `min_actors` and `max_actors` where they are set",
+        remedy="Fewer: the run said which were lost and why; nodes may lack room.",
+    ),
+    Metric(
+        name="recovery/engines_lost",
+        meaning="Rollout actors lost since this process started: died, hung, or with their node.",
+        trend="0; each is told when it happens",
+        remedy="Often and on one node: look at its memory. Nothing is counted twice.",
+    ),
+    Metric(
+        name="recovery/samples_again",
+        meaning="Samples in flight on a lost actor, which were generated again with their seeds.",
+        trend="0",
+        remedy="See `recovery/engines_lost`.",
+    ),
+    Metric(
+        name="recovery/learner_restarts",
+        meaning="Learner groups built anew since this process started; each went on from a"
+        " checkpoint.",
+        trend="0; each is told when it happens",
+        remedy="Often: look at the memory of the learners' nodes, and lower `ppo.checkpoint_every`"
+        " so that fewer steps are done again.",
+    ),
+)
+
 TIME = (
     Metric(
         name="tokens/per_second",
@@ -501,6 +530,7 @@ GROUPS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
     ("Engine against learner", AGREEMENT),
     ("Responses", RESPONSES),
     ("Accounting", ACCOUNTING),
+    ("What was lost and replaced", RECOVERY),
     ("Time", TIME),
 )
 """Every metric of a PPO step, in the order of ``docs/metrics.md``. Patterns follow the names that

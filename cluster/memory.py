@@ -94,7 +94,7 @@ def process_memory(config: RunConfig, shape: ModelShape) -> list[ProcessMemory]:
             count=1,
             host_gib=RAY_GIB + DRIVER_GIB + config.cluster.object_store_gib,
         ),
-        _process("engines", rollout.num_actors, ENGINE_GIB, own, own + cache, on_gpu),
+        _process("engines", rollout.most_actors, ENGINE_GIB, own, own + cache, on_gpu),
         ProcessMemory(kind="reward service", count=1, host_gib=SERVE_GIB),
         _process(
             "reward service",

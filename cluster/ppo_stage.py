@@ -15,14 +15,17 @@ from transformers import AutoConfig, AutoTokenizer
 
 from actors.fingerprint import template_fingerprint
 from actors.prompts import PromptStream, tokenize_prompts
-from actors.trajectory import SampleFailure
-from cluster.checkpoint import CheckpointStore
+from actors.trajectory import Prompt, SampleFailure
+from actors.weights import WeightsLost
+from cluster.checkpoint import Checkpoint, CheckpointStore
 from cluster.config import RunConfig
 from cluster.drift_watch import FIGURES
 from cluster.health import Watch, is_coarse
 from cluster.live_metrics import LiveMetrics
 from cluster.metrics import MetricsWriter
+from cluster.recovery import Recovery
 from cluster.resume import as_json, check_inputs, differences, input_digests
+from cluster.session import Parts
 from cluster.stages import Workplace
 from cluster.step import Sample, failure_row, probe_sequences, sample_row
 from cluster.step_lines import StepLines
@@ -32,7 +35,7 @@ from cluster.storage import RunMirror
 from cluster.train import train
 from learner.batch import ScoreScale
 from learner.config import PPOConfig
-from learner.group import PPOLearners
+from learner.group import LearnersLost, PPOLearners
 from reward_service.encoding import RewardHead
 from reward_service.statistics import drift
 
@@ -52,6 +55,7 @@ class PPOLog:
         next_step: Step to go on with, counted from 0; lines of it and later ones are cut.
         scale: Of the scores, when a checkpoint has it.
         mirror: Gets a copy of the run with each checkpoint.
+        recovery: Told of each step that is finished.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class PPOLog:
         references: Mapping[str, Sequence[float]],
         watch: Watch,
         warn: Callable[[str], None],
+        recovery: Recovery,
         mirror: RunMirror | None = None,
     ) -> None:
         self.next_step = next_step
@@ -75,6 +80,7 @@ class PPOLog:
         self._warn = warn
         self._mirror = mirror
         self._live = LiveMetrics(directory.parent.name)
+        self._recovery = recovery
         self._references = references
         self._directory = directory
         self._config = config
@@ -94,7 +100,9 @@ class PPOLog:
     ) -> None:
         done = step + 1
         self._store.chosen_metric(metrics)  # said in the first step, not at the first checkpoint
+        self._recovery.reached(done)
         metrics = {**metrics, **score_drift(samples, self._references)}
+        metrics["recovery/learner_restarts"] = self._recovery.restarts
         self._writer.write(done, metrics, total=self._config.steps)
         self._live.show(done, metrics)
         told = {figure.metric for figure in FIGURES}  # by the loop's own DriftWatch
@@ -154,92 +162,157 @@ def score_drift(
 
 
 def run_ppo(work: Workplace) -> dict[str, Any]:
-    """Train with PPO from the policy model; writes ``ppo/`` and the final policy in it."""
+    """Train with PPO from the policy model; writes ``ppo/`` and the final policy in it.
+
+    When the learners are lost, the stage goes on from the last checkpoint as ``--resume`` would,
+    with the engines and the reward service that it has.
+    """
     config = work.config
     assert config.ppo is not None
-    directory = work.run_dir / "ppo"
     store = CheckpointStore(
-        directory / "checkpoints",
+        work.run_dir / "ppo" / "checkpoints",
         keep=config.ppo.keep_checkpoints,
         best_by=config.ppo.keep_best,
         config=as_json(config),
         warn=work.reporter.warn,
     )
-    policy = config.policy_model
     models = {
         name: Path(path) for term in config.reward_terms for name, path in term.members.items()
     }
     inputs = input_digests(config, models)
-    checkpoint = store.latest() if work.resume else None
-    if checkpoint is not None:
-        check_inputs(checkpoint, inputs)
-        for difference in differences(checkpoint, config):
-            work.reporter.warn(f"not the run that was interrupted, bit for bit: {difference}")
     prompts = tokenize_prompts(
-        work.data.prompts(), AutoTokenizer.from_pretrained(policy), config.data
+        work.data.prompts(), AutoTokenizer.from_pretrained(config.policy_model), config.data
     )
+    recovery = Recovery(config.learners.max_restarts, work.reporter.warn)
+    resume = work.resume
+    while True:
+        try:
+            _train(work, store, inputs, prompts, recovery, resume)
+        except (LearnersLost, WeightsLost) as error:
+            recovery.lost(error)
+            resume = True
+        else:
+            return {"steps": config.ppo.steps}
+
+
+def _train(
+    work: Workplace,
+    store: CheckpointStore,
+    inputs: Mapping[str, str],
+    prompts: Sequence[Prompt],
+    recovery: Recovery,
+    resume: bool,
+) -> None:
+    """From the last checkpoint (from the beginning without ``resume``) to the final policy.
+
+    Raises:
+        LearnersLost, WeightsLost: Nothing is wrong with the run, but its learners are gone.
+    """
+    config = work.config
+    assert config.ppo is not None
+    directory = work.run_dir / "ppo"
+    checkpoint = _last_checkpoint(work, store, inputs) if resume else None
     work.reporter.say("starting vLLM, the reward service and the learners")
-    parts = work.session.parts(policy, config.reward_terms, lambda: make_learners(work))
-    rollouts, learners = parts.rollouts, parts.learners
-    rollouts.check_prompts(prompts)
-    check_shared(directory, learners)
-    start, scale = 0, None
-    if checkpoint is not None:
-        scale = ScoreScale(**checkpoint.state["score_scale"])
-        learners.restore(checkpoint.path)
-        start = checkpoint.step
-        rollouts.load(learners.export_weights(start, checkpoint.state["probe"]))
-        work.reporter.say(f"going on after step {start}")
-    writer = MetricsWriter(
-        directory,
-        stage="ppo",
-        tensorboard=work.run_dir / "tensorboard",
-        resume_step=start if work.resume else None,
+    parts = work.session.parts(
+        config.policy_model, config.reward_terms, lambda: make_learners(work)
     )
-    watch = Watch(coarse=is_coarse(config.rollout.engine.dtype, config.ppo.bf16))
-    watch.catch_up(directory, start)  # what was said before the run was interrupted
-    log = PPOLog(
-        directory,
-        config.ppo,
-        learners,
-        writer,
-        store,
-        inputs,
-        start,
-        scale,
-        references=work.session.score_references(),
-        watch=watch,
-        warn=work.reporter.warn,
-        mirror=work.mirror,
-    )
-    record = StepRecord(directory, start, workers=lambda: rollouts.states, checkpoints=store.steps)
-    work.session.forget_weights()
-    with writer, closing(log), closing(record), work.reporter.bar("PPO") as bar:
-        bar.update(start, config.ppo.steps, {})
+    with parts.learners as learners:
+        rollouts = parts.rollouts
+        rollouts.check_prompts(prompts)
+        check_shared(directory, learners)
+        start, scale = 0, None
+        # From here on the pool has weights that no directory has.
+        work.session.forget_weights()
+        if checkpoint is not None:
+            scale = ScoreScale(**checkpoint.state["score_scale"])
+            learners.restore(checkpoint.path)
+            start = checkpoint.step
+            rollouts.load(learners.export_weights(start, checkpoint.state["probe"]))
+            work.reporter.say(f"going on after step {start}")
+        writer = MetricsWriter(
+            directory,
+            stage="ppo",
+            tensorboard=work.run_dir / "tensorboard",
+            resume_step=start if resume else None,
+        )
+        watch = Watch(coarse=is_coarse(config.rollout.engine.dtype, config.ppo.bf16))
+        watch.catch_up(directory, start)  # what was said before the run was interrupted
+        log = PPOLog(
+            directory,
+            config.ppo,
+            learners,
+            writer,
+            store,
+            inputs,
+            start,
+            scale,
+            references=work.session.score_references(),
+            watch=watch,
+            warn=work.reporter.warn,
+            recovery=recovery,
+            mirror=work.mirror,
+        )
+        record = StepRecord(
+            directory, start, workers=lambda: rollouts.states, checkpoints=store.steps
+        )
+        with writer, closing(log), closing(record):
+            _take_steps(work, parts, prompts, log, record)
+        final = directory / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        learners.save_policy(final)
+
+
+def _take_steps(
+    work: Workplace, parts: Parts, prompts: Sequence[Prompt], log: PPOLog, record: StepRecord
+) -> None:
+    """The loop, from ``log.next_step`` to the last step.
+
+    Raises:
+        Stopped: Somebody asked for it; what is done is saved.
+        LearnersLost: A learner died.
+    """
+    config, learners = work.config, parts.learners
+    assert config.ppo is not None
+
+    def stop() -> bool:
+        # There is no need to generate to the end for learners that are gone.
+        return work.stop() or learners.have_lost()
+
+    with work.reporter.bar("PPO") as bar:
+        bar.update(log.next_step, config.ppo.steps, {})
         finished = train(
             config.ppo,
             config.sampling,
             prompts=PromptStream(prompts, config.ppo.prompts_per_step, config.seed),
-            rollouts=rollouts,
+            rollouts=parts.rollouts,
             reward=parts.reward,
             learners=learners,
             log=log,
             seed=config.seed,
             measure=work.data.measure,
-            stop=work.stop,
+            stop=stop,
             progress=bar.update,
             retry=config.reward.retry,
             warn=work.reporter.warn,
             timeline=record,
         )
+        if not finished and not work.stop():
+            raise LearnersLost("a learner died while samples were generated")
         if not finished:
             log.checkpoint()
             raise Stopped(f"PPO after step {log.next_step}; go on with --resume")
-    final = directory / "final"
-    shutil.rmtree(final, ignore_errors=True)
-    learners.save_policy(final)
-    learners.shutdown()
-    return {"steps": config.ppo.steps}
+
+
+def _last_checkpoint(
+    work: Workplace, store: CheckpointStore, inputs: Mapping[str, str]
+) -> Checkpoint | None:
+    """The last good one, if there is any; tells what is no longer as it was."""
+    checkpoint = store.latest()
+    if checkpoint is not None:
+        check_inputs(checkpoint, inputs)
+        for difference in differences(checkpoint, work.config):
+            work.reporter.warn(f"not the run that was interrupted, bit for bit: {difference}")
+    return checkpoint
 
 
 def check_shared(directory: Path, learners: PPOLearners) -> None:

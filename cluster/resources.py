@@ -21,16 +21,22 @@ from cluster.config import ClusterConfig, RunConfig
 from cluster.stop import Stopped
 
 
-def demand(config: RunConfig, *, learners: bool) -> dict[str, float]:
-    """CPUs, GPUs and custom resources that the actors of a run reserve at the same time."""
+def demand(config: RunConfig, *, learners: bool, actors: int | None = None) -> dict[str, float]:
+    """CPUs, GPUs and custom resources that the actors of a run reserve at the same time.
+
+    Args:
+        learners: Whether learners are among them.
+        actors: How many rollout actors are; default: ``rollout.num_actors``.
+    """
     rollout, service, group = config.rollout, config.reward.service, config.learners
+    actors = rollout.num_actors if actors is None else actors
     served = sum(len(term.members) for term in config.reward.terms)
     if not config.reward.terms and config.reward_model is not None:
         served = 1
     total: defaultdict[str, float] = defaultdict(float)
     for count, each in (
         (
-            rollout.num_actors,
+            actors,
             {"CPU": rollout.num_cpus_per_actor, "GPU": rollout.num_gpus_per_actor}
             | rollout.resources_per_actor,
         ),

@@ -30,7 +30,8 @@ WITHOUT_EFFECT = (
     "rollout.*_timeout_s", "rollout.max_retries", "rollout.retry_pause_s",
     "rollout.probe_tolerance", "rollout.num_*pus_per_actor", "rollout.resources_per_actor*",
     "rollout.engine.gpu_memory*", "learners.resources_per_learner*",
-    "rollout.engine.weight_transfer", "learners.timeout_s", "learners.num_*pus_per_learner",
+    "rollout.engine.weight_transfer", "learners.*timeout_s", "learners.max_restarts",
+    "learners.num_*pus_per_learner",
     "reward.retry.*", "reward.service.host", "reward.service.port", "reward.service.num_*",
     "reward.service.resources_per_replica*",
     "reward.service.batch_wait_s", "reward.service.max_*", "reward.service.*timeout_s",
@@ -38,7 +39,7 @@ WITHOUT_EFFECT = (
 """Settings of which the result of PPO does not depend on a single bit."""
 
 ROUNDING_ONLY = (
-    "rollout.num_actors", "rollout.engine.dtype", "rollout.engine.max_num_seqs",
+    "rollout.*_actors", "rollout.engine.dtype", "rollout.engine.max_num_seqs",
     "rollout.engine.threads", "rollout.engine.kv_cache_gib", "rollout.engine.enforce_eager",
     "rollout.engine.tensor_parallel_size", "learners.*", "ppo.tokens_per_micro_batch",
     "reward.service.*",

@@ -74,7 +74,7 @@ class Session:
             # Only now: ray.init installs a SIGTERM handler of its own.
             self._stop.install()
         wait_for_room(
-            demand(self._config, learners=learners),
+            demand(self._config, learners=learners, actors=self._config.rollout.fewest_actors),
             self._config.cluster.placement_timeout_s,
             self._reporter.say,
             self._stop,
@@ -84,7 +84,12 @@ class Session:
         """The pool, generating from the weights of ``model`` as version 0 (no PPO step yet)."""
         self.connect()
         if self._pool is None:
-            pool = RolloutPool(model, self._config.rollout)
+            pool = RolloutPool(
+                model,
+                self._config.rollout,
+                reserve=demand(self._config, learners=True, actors=0),
+                tell=self._reporter.warn,
+            )
             self._stack.callback(pool.shutdown)
             pool.start()
             self._pool, self._loaded = pool, model

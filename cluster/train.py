@@ -148,6 +148,7 @@ def train(
         watch.loaded(confirmations)
         metrics = {**metrics, **describe(step)}
         metrics |= weight_metrics(update, confirmations, metrics["seconds/step"])
+        metrics |= rollouts.figures()
         with step.timed("save"):
             log.finish_step(number, metrics, step.scored)
         timeline(number + 1, step.clock)

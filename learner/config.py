@@ -175,7 +175,14 @@ class LearnersConfig(StrictConfig):
         description="custom resources of nodes for learners, as {rlhf_learner: 1}",
     )
     threads: int = Field(1, ge=1, description="CPU threads of a learner")
+    start_timeout_s: float = Field(300.0, gt=0, description="there must be room by then")
     timeout_s: float = Field(600.0, gt=0, description="deadline of one update")
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="how often in a row lost learners are built anew, to go on from the last"
+        " checkpoint; a step further than ever before begins the count anew",
+    )
 
 
 class DriftConfig(StrictConfig):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.rllib.policy.sample_batch import MultiAgentBatch, SampleBatch
 
 from actors.trajectory import Float32Array
@@ -20,10 +21,16 @@ from learner.config import LearnersConfig, PPOConfig
 from learner.hf_directory import load_tokenizer
 from learner.models import POLICY, module_spec
 from learner.ppo_setup import PPOAlgorithmConfig, PPOSetup
-from learner.strict_group import REFUSALS, LearnerGroupFailed, StrictLearnerGroup
+from learner.strict_group import (
+    REFUSALS,
+    LearnerGroupFailed,
+    LearnersLost,
+    StrictLearnerGroup,
+    is_loss,
+)
 from reward_service.encoding import RewardHead
 
-__all__ = ["LearnerGroupFailed", "PPOLearners"]
+__all__ = ["LearnerGroupFailed", "LearnersLost", "PPOLearners"]
 
 
 class PPOLearners:
@@ -48,6 +55,8 @@ class PPOLearners:
         FileNotFoundError: A directory is not a model.
         ValueError: The reward model has another tokenizer than the policy, or a model cannot be
             trained here.
+        TimeoutError: There was no room for them within ``learners.start_timeout_s``.
+        LearnersLost: A learner died while it started.
         LearnerGroupFailed: The learners could not be started.
     """
 
@@ -148,6 +157,10 @@ class PPOLearners:
         """Whether every learner finds ``file`` where its node has that path."""
         return all(self._call("sees", [{"file": Path(file)}] * self.learners))
 
+    def have_lost(self) -> bool:
+        """Whether a learner died while they had nothing to do; then all are gone. Does not wait."""
+        return self._group.has_lost()
+
     def process_ids(self) -> list[int]:
         """Operating-system process of each learner."""
         return self._call("process_id", [{}] * self.learners)
@@ -214,11 +227,42 @@ def _build_group(setup: PPOSetup) -> StrictLearnerGroup:
         shared_trunk=setup.ppo.shared_trunk,
         critic=setup.ppo.has_critic,
     )
+    room = _reserve(options)
     try:
-        return StrictLearnerGroup(config=config, module_spec=spec)
-    except RayTaskError as error:
-        if isinstance(error.cause, REFUSALS):
-            raise error.cause from None
-        raise LearnerGroupFailed(
-            f"the learners could not be started: {type(error.cause).__name__}: {error.cause}"
-        ) from error
+        return StrictLearnerGroup(config=config, module_spec=spec, placement_group=room)
+    except Exception as error:
+        if not options.num_learners:
+            raise
+        if room is not None:
+            ray.util.remove_placement_group(room)
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, REFUSALS):
+            raise cause from None
+        # What RLlib makes of the death of a learner that starts has Ray's error behind it.
+        lost = is_loss(error) or isinstance(error.__context__, RayActorError)
+        kind = LearnersLost if lost else LearnerGroupFailed
+        raise kind(f"the learners could not be started: {type(cause).__name__}: {cause}") from error
+
+
+def _reserve(options: LearnersConfig) -> Any:
+    """Room for all learners at once (a placement group), or ``None`` where they need none.
+
+    Raises:
+        TimeoutError: There is not enough within ``learners.start_timeout_s``.
+    """
+    each = {"CPU": options.num_cpus_per_learner, "GPU": options.num_gpus_per_learner}
+    each = {n: amount for n, amount in (each | options.resources_per_learner).items() if amount}
+    if not options.num_learners or not each:
+        return None
+    room = ray.util.placement_group([each] * options.num_learners, strategy="PACK")
+    if room.wait(math.ceil(options.start_timeout_s)):
+        return room
+    ray.util.remove_placement_group(room)
+    asked = ", ".join(f"{amount:g} {name}" for name, amount in each.items())
+    free = ray.available_resources()
+    there = ", ".join(f"{free.get(name, 0):g} {name}" for name in each)
+    raise TimeoutError(
+        f"no room for {options.num_learners} learners of {asked} each within "
+        f"{options.start_timeout_s:g} s (learners.start_timeout_s); free in the whole cluster: "
+        f"{there}"
+    )

@@ -20,6 +20,8 @@ from ray.rllib.policy.sample_batch import MultiAgentBatch
 
 # How long to wait, after the first learner failed, for a failure that explains it.
 ROOT_CAUSE_GRACE_S = 2.0
+# How often idle learners are asked whether they live.
+ASK_EVERY_S = 2.0
 # What a learner says of arguments that it cannot use (no such file, another architecture).
 REFUSALS = (ValueError, OSError)
 # What a learner says whose peer has died; the peer's own end is the cause.
@@ -27,11 +29,19 @@ _CONSEQUENCES = ("Connection closed", "Connection reset", "gloo", "Gloo", "NCCL"
 
 
 class LearnerGroupFailed(RuntimeError):
-    """The learners are gone. Build a new group and restore the last checkpoint."""
+    """The learners are gone: one of them raised an error, and would raise it again."""
+
+
+class LearnersLost(LearnerGroupFailed):
+    """The learners are gone for a reason outside of them: a process or its node died, the network
+    broke, or one did not answer in time. A new group that restores the last checkpoint goes on."""
 
 
 class StrictLearnerGroup(LearnerGroup):  # type: ignore[misc]
     """A LearnerGroup whose calls return one result per learner, or raise."""
+
+    _asked: Sequence[Any] = ()
+    _asked_at = 0.0
 
     def update_all(self, batch: MultiAgentBatch, timeout_s: float) -> list[dict[str, float]]:
         """One RLlib update; every learner gets the whole batch, by reference."""
@@ -58,8 +68,8 @@ class StrictLearnerGroup(LearnerGroup):  # type: ignore[misc]
 
         Raises:
             ValueError, OSError: Every learner refused the arguments; the group lives on.
-            LearnerGroupFailed: A learner died, failed or did not answer in time. All learners
-                have been killed.
+            LearnersLost: A learner died or did not answer in time. All learners have been killed.
+            LearnerGroupFailed: A learner raised another error. All learners have been killed.
         """
         if self._is_shut_down:
             raise LearnerGroupFailed(f"learners were asked to {method} after they were shut down")
@@ -79,9 +89,26 @@ class StrictLearnerGroup(LearnerGroup):  # type: ignore[misc]
             raise refusals[0]
         self.abort()
         index = _root_cause(errors)
-        raise LearnerGroupFailed(
-            _explain(method, index, errors, results, len(workers), timeout_s)
-        ) from (errors[index] if index is not None else None)
+        cause = None if index is None else errors[index]
+        kind = LearnersLost if cause is None or is_loss(cause) else LearnerGroupFailed
+        raise kind(_explain(method, index, errors, results, len(workers), timeout_s)) from cause
+
+    def has_lost(self) -> bool:
+        """Whether a learner died while none was asked for anything. Asks now and then, and does
+        not wait for the answers; once it is true, all learners have been killed."""
+        if self.is_local or self._is_shut_down:
+            return bool(self._is_shut_down)
+        if not self._asked and time.monotonic() - self._asked_at > ASK_EVERY_S:
+            self._asked = [worker.process_id.remote() for worker in self._workers]
+            self._asked_at = time.monotonic()
+        elif self._asked:
+            asked = list(self._asked)
+            answers, self._asked = ray.wait(asked, num_returns=len(asked), timeout=0.0)
+            try:
+                ray.get(answers)
+            except RayError:
+                self.abort()
+        return bool(self._is_shut_down)
 
     def abort(self) -> None:
         """Kill every learner: those that wait for a dead peer would not end by themselves."""
@@ -93,6 +120,14 @@ class StrictLearnerGroup(LearnerGroup):  # type: ignore[misc]
     def shutdown(self) -> None:
         if not self._is_shut_down:
             super().shutdown()
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error says that a learner, or the way to it, is gone: Ray's word for it, or what
+    a learner says of a peer that it cannot reach."""
+    if isinstance(error, RayTaskError):
+        return any(sign in str(error.cause) for sign in _CONSEQUENCES)
+    return isinstance(error, RayError)
 
 
 def _gather(calls: dict[Any, int], timeout_s: float) -> tuple[dict[int, Any], dict[int, RayError]]:

@@ -9,8 +9,9 @@ import numpy as np
 
 from actors.accounting import Generation, _Stream
 from actors.config import EngineConfig, RolloutConfig, SamplingConfig
-from actors.fleet import Fleet, Worker
+from actors.fleet import Fleet
 from actors.trajectory import Prompt, SampleFailure
+from actors.worker import Worker
 
 
 def generation(max_retries: int = 2) -> Generation:

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from actors.config import EngineConfig, RolloutConfig, SamplingConfig
 from actors.environment import cache_dir
-from actors.fleet import State
 from actors.rollout import RolloutPool
 from actors.rollout_actor import eos_token_ids, response_text
 from actors.trajectory import Prompt, SampleFailure, Trajectory, sample_seed
 from actors.weights import Probe, WeightError, WeightUpdate, pack_weights
+from actors.worker import State
 
 CONFIG = RolloutConfig(
     num_actors=2,
@@ -149,8 +149,11 @@ def test_a_sample_does_not_depend_on_the_number_of_actors(
 ) -> None:
     by_two = generate(pool)
     first = pool._fleet.workers[0]
-    monkeypatch.setattr(
-        pool._fleet, "of_state", lambda *states: [first] if first.state in states else []
+    everyone = pool._fleet.of_state
+    monkeypatch.setattr(  # for what is given work
+        pool._fleet,
+        "of_state",
+        lambda *states: [first] if states == (State.HEALTHY,) else everyone(*states),
     )
     by_one = generate(pool)
     assert tokens(by_one) == tokens(by_two)
@@ -272,7 +275,7 @@ def test_a_lasting_fault_is_an_error_that_names_the_tensor(pool: RolloutPool, le
     update = ray.get(learner.train.remote(51))
     with pytest.raises(WeightError, match=f"^twice: tested-0 does not.* sent: '{SPOILT}' by up"):
         pool.load(update)
-    assert [worker.state for worker in pool._fleet.workers] == [State.REFUSING, State.SERVING]
+    assert [worker.state for worker in pool._fleet.workers] == [State.REFUSING, State.HEALTHY]
     assert {c.refusal for c in pool.load(update)} == {""}
 
 
@@ -353,7 +356,7 @@ def test_an_actor_lost_while_generating_costs_no_sample(
     sequences = [prompt.token_ids.tolist() for prompt in PROMPTS]
     ours = pool.logprobs(sequences)
     assert lost not in pids(pool)
-    assert {worker.state for worker in pool._fleet.workers} == {State.SERVING}
+    assert {worker.state for worker in pool._fleet.workers} == {State.HEALTHY}
     assert {worker.confirmation.version for worker in pool._fleet.workers} == {version}
     for a, b in zip(ours, ray.get(learner.logprobs.remote(sequences)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)

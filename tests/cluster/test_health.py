@@ -17,6 +17,7 @@ from cluster.known_metrics import GROUPS
 from cluster.metric import Metric
 from cluster.metrics import MetricsWriter
 from cluster.ppo_stage import PPOLog
+from cluster.recovery import Recovery
 from cluster.report import write_report
 from cluster.step import Sample, Step, describe
 from learner.config import PPOConfig
@@ -32,6 +33,10 @@ NOT_IN_EVERY_STEP = {
     "samples/failed_<stage>",
     "ppo/engine_correlation",
     "ppo/log_ratio_max",
+    "recovery/engines_lost",
+    "recovery/learner_restarts",
+    "recovery/samples_again",
+    "rollout/engines",
     "reward/<model>_drift",
     "weights/megabytes",
     "weights/probe_error_max",
@@ -190,6 +195,7 @@ def test_a_run_says_once_what_left_its_range(tmp_path: Path) -> None:
             references={},
             watch=Watch(),
             warn=said.append,
+            recovery=Recovery(3, said.append),
         )
         for step in range(6):
             log.finish_step(step, {"ppo/ratio_mean": 1.0 + 0.1 * step, "reward/mean": 0.0}, [])

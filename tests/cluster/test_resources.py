@@ -34,6 +34,7 @@ def test_demand_counts_every_part() -> None:
     )  # fmt: skip
     assert demand(config, learners=True) == {"CPU": 3 + 1 + 2, "GPU": 2}
     assert demand(config, learners=False) == {"CPU": 3 + 1, "GPU": 0}
+    assert demand(config, learners=True, actors=0) == {"CPU": 1 + 2, "GPU": 2}
     assert demand(RunConfig(run_dir=Path("x")), learners=False) == {"CPU": 1, "GPU": 0}
 
 

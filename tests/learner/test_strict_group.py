@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import ray
 
-from learner.strict_group import LearnerGroupFailed, StrictLearnerGroup
+import learner.strict_group
+from learner.strict_group import LearnerGroupFailed, LearnersLost, StrictLearnerGroup
 
 
 @ray.remote(num_cpus=0)
@@ -20,6 +22,9 @@ class Stand:
         if error is not None:
             raise error
         return value
+
+    def process_id(self) -> int:
+        return os.getpid()
 
 
 @pytest.fixture
@@ -61,6 +66,38 @@ def test_a_silent_learner_is_named_at_the_deadline(
         call(group, {}, {"sleep_s": 30}, timeout_s=1.0)
     with pytest.raises(LearnerGroupFailed, match="after they were shut down"):
         call(group, {}, {})
+
+
+def test_a_learner_that_dies_while_idle_is_found_out_without_waiting(
+    build: Callable[[int], StrictLearnerGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner.strict_group, "ASK_EVERY_S", 0.0)
+    group = build(2)
+    for _ in range(3):  # asked, answered, asked again
+        assert not group.has_lost()
+        time.sleep(0.2)
+    ray.kill(group._workers[1])
+    deadline = time.monotonic() + 30
+    while not group.has_lost():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(ray.exceptions.RayActorError):  # its peer would wait for it
+        ray.get(group._workers[0].answer.remote(0))
+
+
+def test_whether_a_new_group_would_help(build: Callable[[int], StrictLearnerGroup]) -> None:
+    """An error of a learner's own would come again; a death, a broken network or silence not."""
+    with pytest.raises(LearnerGroupFailed) as raised:
+        call(build(1), {"error": ZeroDivisionError("again")})
+    assert not isinstance(raised.value, LearnersLost)
+    with pytest.raises(LearnersLost, match="gloo"):
+        call(build(1), {"error": RuntimeError("[gloo] Connection closed by peer")})
+    with pytest.raises(LearnersLost, match="within 1 s"):
+        call(build(1), {"sleep_s": 30}, timeout_s=1.0)
+    group = build(1)
+    ray.kill(group._workers[0])
+    with pytest.raises(LearnersLost, match="its process died"):
+        call(group, {})
 
 
 def test_arguments_that_all_refuse_leave_the_group_alive(

@@ -198,18 +198,39 @@ def test_a_bad_reload_keeps_the_old_model_and_says_why(service: RewardService, r
     assert service.reload("quality", root / "one").reload_error is None
 
 
+def wait_for_replicas(service: RewardService) -> None:
+    deadline = time.monotonic() + 240
+    while True:
+        ready = get(service, "/ready").json()["models"][0]
+        if ready["replicas"] == 2:
+            return
+        assert time.monotonic() < deadline, ready
+        time.sleep(0.5)
+
+
+def test_scoring_goes_on_without_the_controller_which_comes_back(
+    service: RewardService, expected: dict[str, tuple[float, ...]]
+) -> None:
+    """Replicas score while Serve's controller is dead; restarted, it replaces what dies then."""
+    import ray
+
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    ray.kill(controller, no_restart=False)
+    scorer = service.scorer("quality")
+    for turn in range(20):
+        if turn == 10:
+            kill_one("model-quality")
+        scored = scorer.score(ITEMS)
+        assert list(scored.scores) == pytest.approx(list(expected[scored.version]))
+    wait_for_replicas(service)
+
+
 def test_a_replica_that_starts_after_a_reload_serves_the_new_version(
     service: RewardService, root: Path, expected: dict[str, tuple[float, ...]]
 ) -> None:
     version = service.reload("quality", root / "two").version
     kill_one("model-quality")
-    deadline = time.monotonic() + 240
-    while True:
-        ready = get(service, "/ready").json()["models"][0]
-        if ready["replicas"] == 2:
-            break
-        assert time.monotonic() < deadline, ready
-        time.sleep(0.5)
+    wait_for_replicas(service)
     seen = {post(service, {"items": [{"text": "rain"}]}).json()["version"] for _ in range(20)}
     assert seen == {version}
 
