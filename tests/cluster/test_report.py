@@ -220,6 +220,7 @@ def test_a_run_under_way_shows_how_far_it_is(run_dir: Path) -> None:
 def test_a_round_leads_to_the_page_of_all_rounds(tmp_path: Path) -> None:
     directory = tmp_path / "news" / "round-02"
     directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("run_dir: runs/news/round-02\n")
     assert "all rounds" not in write_report(directory).read_text()
     (directory.parent / "config.yaml").write_text("run_dir: runs/news\n")
     page = write_report(directory).read_text()
