@@ -79,6 +79,10 @@ class SmallSampler:
             )
         ]
 
+    @property
+    def states(self) -> dict[str, str]:
+        return {"small": "healthy"}
+
     def figures(self) -> dict[str, float]:
         return {"rollout/engines": 1, "recovery/engines_lost": 0, "recovery/samples_again": 0}
 
