@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, exists, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, select
 
 from reward_service.config import PeopleConfig
 from reward_service.feedback.schema import annotators, assignments, tasks
@@ -89,23 +89,27 @@ class Leases:
         """A gold item or a second look when its turn has come, else the next of the queue."""
         draw = self._random.random()
         config = self._config
+        plain = and_(tasks.c.gold.is_(None), tasks.c.taken < tasks.c.overlap)
         found: Assignment | None = None
         if draw < config.repeat_share:
-            found = self._lease_repeat(connection, annotator_id)
+            # Only in between: somebody who waits for new items would get all theirs again.
+            if self._next_open(connection, annotator_id, plain) is not None:
+                found = self._lease_repeat(connection, annotator_id)
         elif draw < config.repeat_share + config.gold_share:
             found = self._lease_new(connection, annotator_id, tasks.c.gold.is_not(None))
         if found is None:
-            plain = and_(tasks.c.gold.is_(None), tasks.c.taken < tasks.c.overlap)
             found = self._lease_new(connection, annotator_id, plain)
         return found
 
-    def _lease_new(
-        self, connection: Connection, annotator_id: str, condition: Any
-    ) -> Assignment | None:
-        mine = and_(
-            assignments.c.task_id == tasks.c.task_id, assignments.c.annotator_id == annotator_id
+    def _next_open(
+        self, connection: Connection, annotator_id: str, condition: ColumnElement[bool]
+    ) -> Task | None:
+        """The first of the queue that this person has not seen; locked for the transaction."""
+        seen = exists().where(
+            assignments.c.task_id == tasks.c.task_id,
+            assignments.c.annotator_id == annotator_id,
+            assignments.c.state != "expired",
         )
-        seen = exists().where(mine, assignments.c.state != "expired")
         row = connection.execute(
             select(tasks)
             .where(tasks.c.state == "open", condition, ~seen)
@@ -114,11 +118,20 @@ class Leases:
             .limit(1)
             .with_for_update(of=tasks, skip_locked=True)
         ).first()
-        if row is None:
+        return None if row is None else task_of_row(row._mapping)
+
+    def _lease_new(
+        self, connection: Connection, annotator_id: str, condition: ColumnElement[bool]
+    ) -> Assignment | None:
+        task = self._next_open(connection, annotator_id, condition)
+        if task is None:
             return None
-        task = task_of_row(row._mapping)
         before = connection.execute(
-            joined().where(mine, tasks.c.task_id == task.task_id, assignments.c.repeat == 0)
+            joined().where(
+                assignments.c.task_id == task.task_id,
+                assignments.c.annotator_id == annotator_id,
+                assignments.c.repeat == 0,
+            )
         ).first()
         if before is not None:  # their lease of it had expired
             given = assignment_of(before._mapping)

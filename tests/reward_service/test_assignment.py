@@ -191,6 +191,8 @@ def test_repeats_swap_sides_and_gold_measures_the_person_only(desk) -> None:
         shown.setdefault(given.task.task_id, []).append(given.shown)
         order.append(given.task.task_id)
         assignments.submit("p0", given.assignment_id, A)
+    # Whoever waits for new items is not given the old ones again.
+    assert [given for given in (assignments.next("p0") for _ in range(30)) if given] == []
     repeated = [task for task, sides in shown.items() if len(sides) == 2]
     assert 8 < len(repeated) < 40
     for task in repeated:
