@@ -60,6 +60,9 @@ class Pool:
                     seed=index,
                 )
 
+    def figures(self) -> dict[str, float]:
+        return {"rollout/engines": 1}
+
     def load(self, update: WeightUpdate) -> list[UpdateConfirmation]:
         return [
             UpdateConfirmation(
