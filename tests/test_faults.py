@@ -114,10 +114,10 @@ def corrupt_completions(
     """Every completion of one sample arrives with some fields changed."""
     finish = Generation._finish
 
-    def corrupted(self: Generation, sample: Any, completion: Any) -> Any:
+    def corrupted(self: Generation, sample: Any, completion: Any, worker: Any) -> Any:
         if f"{sample.prompt.prompt_id}#{sample.index}" == VICTIM:
             completion = replace(completion, **change(completion))
-        return finish(self, sample, completion)
+        return finish(self, sample, completion, worker)
 
     monkeypatch.setattr(Generation, "_finish", corrupted)
 
