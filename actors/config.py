@@ -166,6 +166,12 @@ class RolloutConfig(StrictConfig):
     engine: EngineConfig = EngineConfig()
 
     @property
+    def actor_resources(self) -> dict[str, float]:
+        """What one actor asks of Ray."""
+        given = {"CPU": self.num_cpus_per_actor, "GPU": self.num_gpus_per_actor}
+        return given | self.resources_per_actor
+
+    @property
     def fewest_actors(self) -> int:
         return self.num_actors if self.min_actors is None else self.min_actors
 

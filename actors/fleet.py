@@ -83,11 +83,7 @@ class Fleet:
         self._model_dir = model_dir
         self._config = config
         self._placement_group = placement_group
-        self._ask = {
-            "CPU": config.num_cpus_per_actor,
-            "GPU": config.num_gpus_per_actor,
-            **config.resources_per_actor,
-        }
+        self._ask = config.actor_resources
         self._reserve = reserve or {}
         self._tell = tell
         self._look = look

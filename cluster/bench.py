@@ -31,7 +31,7 @@ from cluster.progress import Reporter
 from cluster.session import Parts, Session
 from cluster.step import PROBE_SEQUENCES, PROBE_TOKENS
 from cluster.stop import StopRequest
-from cluster.train import KeptSteps, train
+from cluster.train import take_steps
 from learner.config import LearnersConfig, OptimizerConfig, PPOConfig
 from learner.group import PPOLearners, cpu_has_bfloat16
 from reward_service.config import RewardConfig, RewardServiceConfig, RewardTerm
@@ -235,26 +235,20 @@ def _run_steps(
 ) -> list[Mapping[str, float]]:
     assert config.ppo is not None
     reporter = Reporter()
-    log = KeptSteps()
     with Session(config, reporter, StopRequest(reporter.say)) as session:
         parts = session.parts(
             model, config.reward.terms, lambda: bench_learners(config, model, reward_model)
         )
-        train(
+        return take_steps(
             config.ppo,
             config.sampling,
             prompts=PromptStream(prompts, PROMPTS, seed=0),
             rollouts=parts.rollouts,
             reward=parts.reward,
             learners=parts.learners,
-            log=log,
             seed=0,
-            measure=lambda _: {},
-            stop=lambda: False,
-            progress=lambda *_: None,
             warn=reporter.warn,
-        )
-    return log.steps
+        ).steps
 
 
 def bench_config(

@@ -121,7 +121,7 @@ def measure(
     from cluster.progress import Reporter
     from cluster.session import Session
     from cluster.stop import StopRequest
-    from cluster.train import KeptSteps, train
+    from cluster.train import take_steps
 
     hidden, layers = shape
     place = place / f"{hidden}x{layers}"
@@ -139,20 +139,15 @@ def measure(
         for samples, prompt, response in workloads:
             # The learners have moved on: a workload begins with engines that agree with them.
             parts.rollouts.load(parts.learners.export_weights(0, []))
-            log = KeptSteps()
             count = WARM_UP_STEPS + MEASURED_STEPS
-            train(
+            log = take_steps(
                 ppo.model_copy(update={"steps": count, "prompts_per_step": samples}),
                 SamplingConfig(max_new_tokens=response),
                 prompts=PromptStream(random_prompts(samples, prompt), samples, seed=0),
                 rollouts=parts.rollouts,
                 reward=parts.reward,
                 learners=parts.learners,
-                log=log,
                 seed=0,
-                measure=lambda _: {},
-                stop=lambda: False,
-                progress=lambda *_: None,
                 warn=reporter.warn,
             )
             one = Measured(

@@ -42,7 +42,7 @@ from cluster.progress import Reporter
 from cluster.session import Session
 from cluster.step import Sample
 from cluster.stop import StopRequest
-from cluster.train import KeptSteps, train
+from cluster.train import take_steps
 from learner.batch import build_batch
 from learner.config import DriftConfig, OptimizerConfig, PPOConfig
 from learner.group import PPOLearners
@@ -189,10 +189,9 @@ def examine_drift(
     ppo = config.ppo
     assert ppo is not None
     prompts = gate_prompts(config, rollouts.context_length)
-    log = KeptSteps()
     before = learners.export_weights(0, [])
     rollouts.load(before)
-    train(
+    log = take_steps(
         # Nothing is stopped or warned of here: the checks below tell.
         ppo.model_copy(update={"minibatches": 1, "drift": SILENT}),
         config.sampling,
@@ -200,11 +199,7 @@ def examine_drift(
         rollouts=rollouts,
         reward=reward,
         learners=learners,
-        log=log,
         seed=config.seed,
-        measure=lambda _: {},
-        stop=lambda: False,
-        progress=lambda *_: None,
         warn=reporter.warn,
     )
     checks = [

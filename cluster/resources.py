@@ -35,21 +35,9 @@ def demand(config: RunConfig, *, learners: bool, actors: int | None = None) -> d
         served = 1
     total: defaultdict[str, float] = defaultdict(float)
     for count, each in (
-        (
-            actors,
-            {"CPU": rollout.num_cpus_per_actor, "GPU": rollout.num_gpus_per_actor}
-            | rollout.resources_per_actor,
-        ),
-        (
-            served * service.most_replicas,
-            {"CPU": service.num_cpus_per_replica, "GPU": service.num_gpus_per_replica}
-            | service.resources_per_replica,
-        ),
-        (
-            group.num_learners if learners else 0,
-            {"CPU": group.num_cpus_per_learner, "GPU": group.num_gpus_per_learner}
-            | group.resources_per_learner,
-        ),
+        (actors, rollout.actor_resources),
+        (served * service.most_replicas, service.replica_resources),
+        (group.num_learners if learners else 0, group.learner_resources),
     ):
         for name, amount in each.items():
             total[name] += count * amount

@@ -154,3 +154,34 @@ def train(
         timeline(number + 1, step.clock)
         progress(number + 1, config.steps, watched(metrics))
     return True
+
+
+def take_steps(
+    config: PPOConfig,
+    sampling: SamplingConfig,
+    *,
+    prompts: PromptStream,
+    rollouts: RolloutPool,
+    reward: Reward,
+    learners: PPOLearners,
+    seed: int,
+    warn: Callable[[str], None],
+) -> KeptSteps:
+    """Run PPO from the beginning to its end for the sake of what it reports: for a benchmark or a
+    check, which no one stops and nothing resumes."""
+    log = KeptSteps()
+    train(
+        config,
+        sampling,
+        prompts=prompts,
+        rollouts=rollouts,
+        reward=reward,
+        learners=learners,
+        log=log,
+        seed=seed,
+        measure=lambda _: {},
+        stop=lambda: False,
+        progress=lambda *_: None,
+        warn=warn,
+    )
+    return log

@@ -184,6 +184,12 @@ class LearnersConfig(StrictConfig):
         " checkpoint; a step further than ever before begins the count anew",
     )
 
+    @property
+    def learner_resources(self) -> dict[str, float]:
+        """What one learner asks of Ray."""
+        given = {"CPU": self.num_cpus_per_learner, "GPU": self.num_gpus_per_learner}
+        return given | self.resources_per_learner
+
 
 class DriftConfig(StrictConfig):
     """How far the engine's log-probabilities may be from the learner's, over a step's tokens.

@@ -250,8 +250,7 @@ def _reserve(options: LearnersConfig) -> Any:
     Raises:
         TimeoutError: There is not enough within ``learners.start_timeout_s``.
     """
-    each = {"CPU": options.num_cpus_per_learner, "GPU": options.num_gpus_per_learner}
-    each = {n: amount for n, amount in (each | options.resources_per_learner).items() if amount}
+    each = {name: amount for name, amount in options.learner_resources.items() if amount}
     if not options.num_learners or not each:
         return None
     room = ray.util.placement_group([each] * options.num_learners, strategy="PACK")

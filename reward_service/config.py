@@ -189,6 +189,12 @@ class RewardServiceConfig(StrictConfig):
         return self.max_ongoing_requests + self.max_queued_requests
 
     @property
+    def replica_resources(self) -> dict[str, float]:
+        """What one replica asks of Ray."""
+        given = {"CPU": self.num_cpus_per_replica, "GPU": self.num_gpus_per_replica}
+        return given | self.resources_per_replica
+
+    @property
     def most_replicas(self) -> int:
         """Replicas of each model when all are up."""
         return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas
