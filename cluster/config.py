@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from actors.config import DataConfig, RolloutConfig, SamplingConfig, StrictConfig
+from cluster.whole_file import replace_text
 from learner.config import (
     GROUP_ESTIMATORS,
     LearnersConfig,
@@ -233,9 +234,7 @@ def override_config(config: RunConfig, overrides: Sequence[str], source: str) ->
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the resolved configuration, so that a run can be repeated from its directory."""
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, text)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.memory import ModelShape
+from cluster.whole_file import replace_text
 
 FORMAT = 1
 TERMS: dict[str, tuple[str, ...]] = {
@@ -275,6 +276,4 @@ def write_calibration(path: Path, calibration: Calibration, measured: Any) -> No
     """Replace the file; ``measured`` goes along, so that the fit can be checked."""
     path.parent.mkdir(parents=True, exist_ok=True)
     values = {"format": FORMAT, **asdict(calibration), "measured": measured}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, json.dumps(values, indent=1))

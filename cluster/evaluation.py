@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.intervals import Estimate
+from cluster.whole_file import replace_text
 
 FILE_NAME = "evaluation.json"
 Setting = str | int | float | bool | None
@@ -122,12 +122,7 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
     """
     path = path / FILE_NAME if path.is_dir() else path
     text = json.dumps(asdict(evaluation), ensure_ascii=False, allow_nan=False, indent=1)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_text(path, text + "\n", errors="replace", sync=True)
 
 
 def read_evaluation(path: Path) -> Evaluation:

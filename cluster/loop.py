@@ -19,6 +19,7 @@ from cluster.feedback import STORE
 from cluster.pipeline import Pipeline, read_stages
 from cluster.report_outcome import Figure, headline_figures
 from cluster.run_files import read_run
+from cluster.whole_file import replace_text
 from reward_service.feedback.aggregate import model_strengths
 from reward_service.feedback.store import FeedbackStore
 
@@ -158,9 +159,7 @@ def write_loop_report(config: RunConfig, rounds: int) -> Path:
         strengths=strengths,
     )
     path = directory / "report.html"
-    partial = path.with_suffix(".html.part")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    replace_text(path, page)
     return path
 
 

@@ -23,6 +23,7 @@ from cluster.session import Session
 from cluster.stages import Workplace
 from cluster.stop import Stopped, StopRequest
 from cluster.storage import RunMirror
+from cluster.whole_file import replace_text
 
 TITLES: dict[Stage, str] = {
     "pretrain": "Base model",
@@ -266,9 +267,7 @@ def read_stages(directory: Path) -> dict[str, Any]:
 
 
 def _write_stages(directory: Path, done: dict[str, Any]) -> None:
-    partial = directory / "stages.json.partial"
-    partial.write_text(json.dumps(done, indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(directory / "stages.json")
+    replace_text(directory / "stages.json", json.dumps(done, indent=1, ensure_ascii=False))
 
 
 def _remove(path: Path) -> None:

@@ -33,6 +33,7 @@ from cluster.step_record import StepRecord
 from cluster.stop import Stopped
 from cluster.storage import RunMirror
 from cluster.train import train
+from cluster.whole_file import replace_text
 from learner.batch import ScoreScale
 from learner.config import PPOConfig
 from learner.group import LearnersLost, PPOLearners
@@ -137,12 +138,9 @@ class PPOLog:
 
     def _write_samples(self, done: int, samples: Sequence[Sample]) -> None:
         path = self._directory / "samples" / f"step_{done:06d}.jsonl"
-        partial = path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps(sample_row(sample), ensure_ascii=False) + "\n")
-        partial.replace(path)
+        rows = (json.dumps(sample_row(sample), ensure_ascii=False) for sample in samples)
+        replace_text(path, "".join(f"{row}\n" for row in rows))
 
 
 def score_drift(

@@ -21,6 +21,7 @@ from cluster import report_stages as stages
 from cluster import report_texts as texts
 from cluster.report_timeline import timeline_section
 from cluster.run_files import RunFiles, read_run
+from cluster.whole_file import replace_text
 
 FILE_NAME = "report.html"
 TEMPLATE = "report_template.html.j2"
@@ -65,11 +66,9 @@ def write_report(run_dir: Path) -> Path:
         )
     page = render(run)
     path = run_dir / FILE_NAME
-    temporary = path.with_suffix(".html.part")
     # Neither a lone surrogate nor a control character in a model's output may cost the page.
     page = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", page)
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    temporary.replace(path)
+    replace_text(path, page, errors="replace")
     return path
 
 

@@ -118,7 +118,7 @@ def _cut_after(path: Path, step: int | None) -> None:
         path.unlink(missing_ok=True)
         return
     rows, _ = read_step_lines(path)
-    temporary = path.with_suffix(".jsonl.part")
+    temporary = path.with_suffix(".jsonl.partial")
     with temporary.open("wb") as file:
         for row in rows:
             if row["step"] <= step:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster.step_lines import StepLines
 from cluster.timeline import DRIVER, FILE_NAME, LEARNERS, Clock
+from cluster.whole_file import replace_text
 
 WORKERS = "workers.json"
 
@@ -43,9 +44,7 @@ class StepRecord:
                     clock.add(LEARNERS, "checkpoint", span.start, span.end)
         self._lines.append([clock.row(step)])
         state = {"step": step, "time": round(time.time(), 3), "workers": dict(self._workers())}
-        partial = self._directory / f"{WORKERS}.partial"
-        partial.write_text(json.dumps(state), encoding="utf-8")
-        partial.replace(self._directory / WORKERS)
+        replace_text(self._directory / WORKERS, json.dumps(state))
 
     def close(self) -> None:
         self._lines.close()

@@ -1,8 +1,8 @@
 """What our PPO sends to a reward server of another system, and what it takes for an answer.
 
 Pure: a format turns items into a JSON body, and a JSON answer into the score of each item or the
-reason why it has none. Texts are the rendered
-prompt followed by the response, as the policy's own template wrote it.
+reason why it has none. Texts are the rendered prompt followed by the response, as the policy's own
+template wrote it.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def test_the_page_is_accessible(finished_source: str) -> None:
 
 def test_writing_again_gives_the_same_bytes(finished_run: Path, finished_source: str) -> None:
     assert write_report(finished_run).read_text(encoding="utf-8") == finished_source
-    assert not list(finished_run.glob("*.part"))
+    assert not list(finished_run.glob("*.part*"))
 
 
 def test_a_run_that_has_not_begun_says_what_to_do(tmp_path: Path) -> None:
