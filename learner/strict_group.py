@@ -91,7 +91,10 @@ class StrictLearnerGroup(LearnerGroup):  # type: ignore[misc]
         index = _root_cause(errors)
         cause = None if index is None else errors[index]
         kind = LearnersLost if cause is None or is_loss(cause) else LearnerGroupFailed
-        raise kind(_explain(method, index, errors, results, len(workers), timeout_s)) from cause
+        silent = sorted(set(range(len(workers))) - set(results))
+        raise kind(
+            _explain(method, index, errors, silent, len(self._workers), timeout_s)
+        ) from cause
 
     def has_lost(self) -> bool:
         """Whether a learner died while none was asked for anything. Asks now and then, and does
@@ -164,12 +167,11 @@ def _explain(
     method: str,
     index: int | None,
     errors: dict[int, RayError],
-    results: dict[int, Any],
+    silent: list[int],
     learners: int,
     timeout_s: float,
 ) -> str:
     if index is None:
-        silent = sorted(set(range(learners)) - set(results))
         return (
             f"learners {silent} of {learners} were asked to {method} and did not answer within "
             f"{timeout_s:.0f} s (learners.timeout_s)"
