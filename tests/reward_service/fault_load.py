@@ -189,6 +189,7 @@ def main() -> None:
 
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
+    import torch
 
     from reward_service.config import RewardServiceConfig
     from reward_service.model import RewardModel
@@ -202,6 +203,7 @@ def main() -> None:
             write_reward_model(base, Path(place) / name, seed=seed, gain=2.0, bias=-0.5)
         shutil.copytree(Path(place) / "one", Path(place) / "bad")
         (Path(place) / "bad" / "model.safetensors").write_bytes(b"\0")
+        torch.set_num_threads(1)  # as a replica's: sums then have the same order, to the last bit
         models = [RewardModel.load(Path(place) / name) for name in ("one", "two")]
         expected = {model.version: model.score(ITEMS).scores for model in models}
         ray.init(num_cpus=16, include_dashboard=False, logging_level="warning")
