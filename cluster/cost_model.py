@@ -182,7 +182,14 @@ class Prediction:
 
     @property
     def total(self) -> float:
+        """One phase after the other."""
         return sum(self.seconds(phase) for phase in self.phases)
+
+    @property
+    def overlapped(self) -> float:
+        """With generation beside learning (``ppo.max_staleness`` 1), on devices apart."""
+        beside = self.seconds("generate"), self.seconds("learn") + self.seconds("optimize")
+        return self.total - min(beside)
 
 
 @dataclass(frozen=True, kw_only=True)

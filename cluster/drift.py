@@ -126,6 +126,7 @@ def gate_config(config: RunConfig | None, model: Path | None, steps: int, place:
         "policy": STILL,
         "critic": STILL,
         "drift": ppo.drift_limits,
+        "max_staleness": 0,
         # Every sample is looked at, whatever becomes of it in the run itself.
         "truncated": "score",
         "dynamic_sampling": None,

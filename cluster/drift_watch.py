@@ -58,6 +58,14 @@ FIGURES = (
 )
 
 
+STALE_NAMES = {
+    "ppo/engine_delta_mean": "ppo/stale_delta_mean",
+    "ppo/engine_delta_max": "ppo/stale_delta_max",
+    "ppo/effective_sample_size": "ppo/stale_sample_size",
+    "ppo/engine_correlation": "ppo/stale_correlation",
+}
+
+
 class DriftWatch:
     """Looks at every step's figures; warns once a run for each, and stops it where it must.
 
@@ -111,6 +119,15 @@ def violations(
                 f"{figure.words} between engine and learner is {value:.3g}, {side}"
                 f" {limit:g} (ppo.drift.{setting})",
             )
+
+
+def as_stale(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The figures of a step whose samples older weights made, under names of their own.
+
+    They then say how far the policy has moved since (what ``ppo.importance_cap`` corrects for),
+    not whether engine and learner agree: the probe alone shows that, when weights are loaded.
+    """
+    return {STALE_NAMES.get(name, name): value for name, value in metrics.items()}
 
 
 def weight_metrics(

@@ -28,6 +28,10 @@ PRECISION_REMEDY = (
     " the temperature, and that weights are confirmed after every step; for 16-bit engines set"
     " `ppo.importance_cap` to 2."
 )
+STALE_REMEDY = (
+    "The policy moves so far in one update that samples from before it say little: lower"
+    " `ppo.policy.learning_rate`, or set `ppo.max_staleness` to 0."
+)
 
 REWARD = (
     Metric(
@@ -311,6 +315,39 @@ AGREEMENT = (
         coarse_low=0.98,
         high=1.001,
         remedy=PRECISION_REMEDY,
+    ),
+    Metric(
+        name="ppo/stale_delta_mean",
+        meaning="With `ppo.max_staleness` 1, mean |Δ log p| between the engine that sampled, one"
+        " update ago, and the learner: how far that update moved the policy.",
+        unit="nats",
+        trend="as large as an update's change",
+        remedy=STALE_REMEDY,
+    ),
+    Metric(
+        name="ppo/stale_delta_max",
+        meaning="The largest of those at any token.",
+        unit="nats",
+        trend="follows `ppo/ratio_max`",
+        remedy=STALE_REMEDY,
+    ),
+    Metric(
+        name="ppo/stale_sample_size",
+        meaning="Share of the tokens that counts when samples of the update before are weighted by"
+        " learner over engine probability.",
+        low=0.5,
+        high=1.001,
+        patience=2,
+        remedy=STALE_REMEDY,
+    ),
+    Metric(
+        name="ppo/stale_correlation",
+        meaning="Pearson correlation of the log-probabilities of the engine, one update ago, and"
+        " of the learner.",
+        low=0.9,
+        high=1.001,
+        patience=2,
+        remedy=STALE_REMEDY,
     ),
     Metric(
         name="weights/probe_error_max",

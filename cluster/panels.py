@@ -90,8 +90,12 @@ HEALTH: tuple[Panel, ...] = (
     Panel(
         title="Engine against learner",
         explain="Difference of the log-probabilities that vLLM sampled with and that the learner"
-        " computes. Rounding only, when the weights are in step: below 1e-4 in float32.",
-        lines=(("mean", ("ppo/engine_delta_mean",)), ("largest", ("ppo/engine_delta_max",))),
+        " computes. Rounding only, when the weights are in step: below 1e-4 in float32. With"
+        " max_staleness 1 the learner is one update further, and the difference is that update.",
+        lines=(
+            ("mean", ("ppo/stale_delta_mean", "ppo/engine_delta_mean")),
+            ("largest", ("ppo/stale_delta_max", "ppo/engine_delta_max")),
+        ),
         log=True,
         unit="|Δ log p|",
     ),
@@ -149,7 +153,7 @@ HEALTH: tuple[Panel, ...] = (
     Panel(
         title="Effective sample size",
         explain="Share of the tokens that counts when engine and learner disagree; 1 is all.",
-        lines=(("", ("ppo/effective_sample_size",)),),
+        lines=(("", ("ppo/stale_sample_size", "ppo/effective_sample_size")),),
         percent=True,
     ),
     Panel(

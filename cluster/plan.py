@@ -184,9 +184,11 @@ def make_plan(
         processes=processes,
         cache_gib=cache,
         cache_needed_gib=needed,
-        configured=_as_configured(processes, cluster, engines, learners, prediction),
+        configured=_as_configured(config, processes, cluster, prediction),
         prediction=prediction,
-        placements=tuple(placements(processes, cluster, step, calibration)),
+        placements=tuple(
+            placements(processes, cluster, step, calibration, overlap=overlaps(config))
+        ),
         notes=tuple(_notes(config, cluster, calibration, needed, cache)),
         error=calibration.error if calibration else None,
     )
@@ -240,11 +242,27 @@ def as_placed(config: RunConfig, cluster: ClusterShape) -> RunConfig:
     return config.model_copy(update={"rollout": rollout, "learners": learners})
 
 
+def overlaps(config: RunConfig) -> bool:
+    """Whether the next step is generated while this one is learned."""
+    return config.ppo is not None and config.ppo.max_staleness > 0
+
+
+def _seconds(
+    prediction: Prediction | None, how: Literal["together", "apart"], *, overlap: bool
+) -> float | None:
+    """Of a step; those that share their devices gain nothing from working at the same time."""
+    if prediction is None:
+        return None
+    return prediction.overlapped if overlap and how == "apart" else prediction.total
+
+
 def placements(
     processes: Sequence[ProcessMemory],
     cluster: ClusterShape,
     step: StepShape,
     calibration: Calibration | None,
+    *,
+    overlap: bool = False,
 ) -> list[Placement]:
     """Ways to use all devices, the fastest first: all of them by turns, or shared out."""
     total = cluster.devices
@@ -266,7 +284,11 @@ def placements(
                 learners=learners,
                 used_gib=used,
                 fits=used <= USABLE * cluster.device_gib,
-                seconds=calibration.predict(step, layout).total if calibration else None,
+                seconds=_seconds(
+                    calibration.predict(step, layout) if calibration else None,
+                    how,
+                    overlap=overlap,
+                ),
             )
         )
     return sorted(found, key=lambda one: (not one.fits, one.seconds or 0.0, one.used_gib))
@@ -295,13 +317,13 @@ def _each(processes: Sequence[ProcessMemory], cluster: ClusterShape) -> dict[str
 
 
 def _as_configured(
+    config: RunConfig,
     processes: Sequence[ProcessMemory],
     cluster: ClusterShape,
-    engines: int,
-    learners: int,
     prediction: Prediction | None,
 ) -> Placement:
     """The configuration's own numbers, spread evenly over the devices."""
+    engines, learners = config.rollout.num_actors, max(1, config.learners.num_learners)
     each = _each(processes, cluster)
     devices = cluster.devices
     together = engines + learners > devices
@@ -311,13 +333,14 @@ def _as_configured(
         used = max(each["engines"], each["learners"])
     if not cluster.gpus_per_node:
         used += each["Ray and driver"] + each["reward service"]
+    how: Literal["together", "apart"] = "together" if together else "apart"
     return Placement(
-        how="together" if together else "apart",
+        how=how,
         engines=engines,
         learners=learners,
         used_gib=used,
         fits=used <= USABLE * cluster.device_gib,
-        seconds=prediction.total if prediction else None,
+        seconds=_seconds(prediction, how, overlap=overlaps(config)),
     )
 
 

@@ -32,7 +32,7 @@ def describe(plan: Plan) -> str:
         f" {cluster.device_gib:.4g} GiB on the fullest, {verdict}"
     )
     if plan.prediction is not None:
-        lines += ["", *_seconds(plan.prediction, plan.error)]
+        lines += ["", *_seconds(plan.prediction, plan.configured.seconds, plan.error)]
     lines += ["", "placement"]
     suggested = plan.suggested
     for way in plan.placements[:4]:
@@ -49,9 +49,10 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _seconds(prediction: Prediction, error: float | None) -> list[str]:
+def _seconds(prediction: Prediction, total: float | None, error: float | None) -> list[str]:
     known = "" if error is None else f", give or take {error:.0%}"
-    lines = [f"seconds of a step as configured: {prediction.total:.3g}{known}"]
+    beside = "" if total == prediction.total else "; generate beside learn and optimize"
+    lines = [f"seconds of a step as configured: {total:.3g}{known}{beside}"]
     for phase, terms in prediction.phases.items():
         seconds = prediction.seconds(phase)
         if seconds < 0.001 * prediction.total:
@@ -70,6 +71,6 @@ def as_json(plan: Plan) -> str:
     values: dict[str, Any] = {
         **asdict(plan),
         "suggested": None if suggested is None else asdict(suggested),
-        "seconds": None if plan.prediction is None else plan.prediction.total,
+        "seconds": plan.configured.seconds,
     }
     return json.dumps(values)

@@ -27,7 +27,8 @@ from cluster.recovery import Recovery
 from cluster.resume import as_json, check_inputs, differences, input_digests
 from cluster.session import Parts
 from cluster.stages import Workplace
-from cluster.step import Sample, failure_row, probe_sequences, sample_row
+from cluster.step import Sample, Step, failure_row, probe_sequences, sample_row
+from cluster.step_file import read_step, write_step
 from cluster.step_lines import StepLines
 from cluster.step_record import StepRecord
 from cluster.stop import Stopped
@@ -44,6 +45,8 @@ SAMPLES_EVERY = 5
 """Steps between files of written-out samples; the first and the last step always have one."""
 
 CONTEXT = "max_position_embeddings"
+AHEAD = "ahead.json"
+"""In a checkpoint: the samples of the next step, where they were generated ahead."""
 
 
 class PPOLog:
@@ -55,6 +58,7 @@ class PPOLog:
         references: The scores that each reward model was normalised on, as quantiles.
         next_step: Step to go on with, counted from 0; lines of it and later ones are cut.
         scale: Of the scores, when a checkpoint has it.
+        ahead: Samples of the next step, when a checkpoint has them.
         mirror: Gets a copy of the run with each checkpoint.
         recovery: Told of each step that is finished.
     """
@@ -69,6 +73,7 @@ class PPOLog:
         inputs: Mapping[str, str],
         next_step: int,
         scale: ScoreScale | None,
+        ahead: Step | None,
         references: Mapping[str, Sequence[float]],
         watch: Watch,
         warn: Callable[[str], None],
@@ -77,6 +82,7 @@ class PPOLog:
     ) -> None:
         self.next_step = next_step
         self.scale = scale
+        self.ahead = ahead
         self._watch = watch
         self._warn = warn
         self._mirror = mirror
@@ -129,12 +135,19 @@ class PPOLog:
                 "inputs": dict(self._inputs),
                 "score_scale": asdict(self.scale),
             }
-            self._store.save(self.next_step, state, self._learners.save, self._metrics)
+            self._store.save(self.next_step, state, self._write_state, self._metrics)
             if self._mirror is not None:
                 self._mirror.sync()
 
     def close(self) -> None:
         self._quarantine.close()
+
+    def _write_state(self, directory: Path) -> Mapping[str, str]:
+        contents = self._learners.save(directory)
+        if self.ahead is None:
+            return contents
+        write_step(directory / AHEAD, self.ahead)
+        return {**contents, AHEAD: "samples of the next step, made by weights of the one before"}
 
     def _write_samples(self, done: int, samples: Sequence[Sample]) -> None:
         path = self._directory / "samples" / f"step_{done:06d}.jsonl"
@@ -218,13 +231,15 @@ def _train(
         rollouts = parts.rollouts
         rollouts.check_prompts(prompts)
         check_shared(directory, learners)
-        start, scale = 0, None
+        start, scale, ahead = 0, None, None
         # From here on the pool has weights that no directory has.
         work.session.forget_weights()
         if checkpoint is not None:
             scale = ScoreScale(**checkpoint.state["score_scale"])
             learners.restore(checkpoint.path)
             start = checkpoint.step
+            if (checkpoint.path / AHEAD).exists():
+                ahead = read_step(checkpoint.path / AHEAD, prompts)
             rollouts.load(learners.export_weights(start, checkpoint.state["probe"]))
             work.reporter.say(f"going on after step {start}")
         writer = MetricsWriter(
@@ -244,6 +259,7 @@ def _train(
             inputs,
             start,
             scale,
+            ahead,
             references=work.session.score_references(),
             watch=watch,
             warn=work.reporter.warn,
@@ -269,13 +285,8 @@ def _take_steps(
         Stopped: Somebody asked for it; what is done is saved.
         LearnersLost: A learner died.
     """
-    config, learners = work.config, parts.learners
+    config = work.config
     assert config.ppo is not None
-
-    def stop() -> bool:
-        # There is no need to generate to the end for learners that are gone.
-        return work.stop() or learners.have_lost()
-
     with work.reporter.bar("PPO") as bar:
         bar.update(log.next_step, config.ppo.steps, {})
         finished = train(
@@ -284,18 +295,16 @@ def _take_steps(
             prompts=PromptStream(prompts, config.ppo.prompts_per_step, config.seed),
             rollouts=parts.rollouts,
             reward=parts.reward,
-            learners=learners,
+            learners=parts.learners,
             log=log,
             seed=config.seed,
             measure=work.data.measure,
-            stop=stop,
+            stop=work.stop,
             progress=bar.update,
             retry=config.reward.retry,
             warn=work.reporter.warn,
             timeline=record,
         )
-        if not finished and not work.stop():
-            raise LearnersLost("a learner died while samples were generated")
         if not finished:
             log.checkpoint()
             raise Stopped(f"PPO after step {log.next_step}; go on with --resume")

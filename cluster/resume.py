@@ -50,8 +50,8 @@ ROUNDING_ONLY = (
 def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     """Sentences about settings and packages that keep the bits from being the same.
 
-    More ``ppo.steps`` are no difference where the learning rates are constant. Where they decay,
-    they decay towards the new end from here on.
+    More ``ppo.steps`` are no difference where the learning rates are constant and samples are not
+    stale. Where rates decay, they decay towards the new end from here on.
     """
     old, new = dict(_flat(checkpoint.config)), dict(_flat(as_json(config)))
     changed = {
@@ -72,6 +72,8 @@ def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
         found.append(f"settings that change the result have changed: {', '.join(others)}")
     if steps and not _constant(config):
         found.append(f"the learning rates now decay towards another last step: {steps}")
+    elif steps and config.ppo is not None and config.ppo.max_staleness:
+        found.append(f"nothing was generated ahead of what was the last step: {steps}")
     if rounding:
         found.append(f"settings that change how numbers are rounded: {', '.join(rounding)}")
     if packages:

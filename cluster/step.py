@@ -130,6 +130,20 @@ class Step:
                 "--resume when the cause is gone, or with a smaller share)"
             )
 
+    def staleness(self, number: int, most: int) -> int:
+        """How many updates the samples of step ``number``, counted from 0, are behind the learners.
+
+        Raises:
+            RuntimeError: A sample is more than ``most`` behind, or of weights yet to come.
+        """
+        behind = {number - int(v) for s in self.samples for v in s.trajectory.policy_versions}
+        if not behind <= set(range(most + 1)):
+            raise RuntimeError(
+                f"samples of step {number + 1} were made by weights that are {sorted(behind)}"
+                f" updates behind the learners, ppo.max_staleness is {most}"
+            )
+        return max(behind)
+
     def check_learned(self, metrics: Mapping[str, float]) -> None:
         """The learners trained on exactly these samples and their tokens.
 

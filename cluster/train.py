@@ -14,37 +14,26 @@ from actors.config import SamplingConfig
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
 from actors.trajectory import SampleFailure
-from cluster.drift_watch import DriftWatch, weight_metrics
-from cluster.step import (
-    Measure,
-    Sample,
-    Step,
-    collect,
-    describe,
-    probe_sequences,
-    sample_ids,
-    watched,
-)
+from cluster.drift_watch import DriftWatch, as_stale, weight_metrics
+from cluster.step import Measure, Sample, Step, describe, probe_sequences, watched
+from cluster.step_source import Memory, StepSource
 from cluster.timeline import LEARNERS, Clock
 from learner.batch import ScoreScale, build_batch
 from learner.config import PPOConfig
 from learner.group import PPOLearners
 from reward_service.config import RetryConfig
 from reward_service.rewards import Reward
-from reward_service.scoring import score_stream
 
 
-class TrainingLog(Protocol):
+class TrainingLog(Memory, Protocol):
     """What the loop needs of a run: where to go on, and what to do with failures and with a
     finished step.
 
     Attributes:
         next_step: Step to go on with, counted from 0.
-        scale: Of the run's scores; known from its first step on.
     """
 
     next_step: int
-    scale: ScoreScale | None
 
     def set_aside(self, step: int, failures: Sequence[SampleFailure]) -> None: ...
 
@@ -59,6 +48,7 @@ class KeptSteps:
     def __init__(self) -> None:
         self.next_step = 0
         self.scale: ScoreScale | None = None
+        self.ahead: Step | None = None
         self.steps: list[Mapping[str, float]] = []
         self.samples: list[Sample] = []
 
@@ -104,55 +94,61 @@ def train(
     Returns:
         True when all steps are done, False when ``stop`` asked to end early. A step that was
         under way is then given up: it is generated again, from the same seeds, on resume.
+
+    Raises:
+        LearnersLost: A learner died.
+        RuntimeError: Too few good samples, drift, or anything else that more steps would only
+            make worse.
     """
     watch = DriftWatch(config.drift_limits, warn)
-    for number in range(log.next_step, config.steps):
-        asked = prompts.batch(number)
-        step = Step(submitted=sample_ids(asked, sampling.samples_per_prompt))
-        with step.timed("generate"):
+    with StepSource(
+        config,
+        sampling,
+        prompts=prompts,
+        rollouts=rollouts,
+        reward=reward,
+        learners=learners,
+        memory=log,
+        seed=seed,
+        measure=measure,
+        stop=stop,
+        retry=retry,
+    ) as source:
+        for number in range(log.next_step, config.steps):
+            step = source.take(number)
             try:
-                while asked:
-                    answers = rollouts.generate(
-                        asked,
-                        sampling,
-                        run_seed=seed,
-                        round_index=number,
-                        busy=step.clock.generated,
-                    )
-                    scored = score_stream(
-                        reward, answers, retry=retry, stop=stop, busy=step.clock.scored
-                    )
-                    collect(step, scored, measure, stop)
-                    if stop():
-                        return False
-                    scale = log.scale or ScoreScale.of_first_step(step.scores, config)
-                    log.scale = scale
-                    step.filter(config, scale)
-                    asked = step.replacements(prompts, number, config, sampling.samples_per_prompt)
+                if not source.fill(step, number):
+                    return False
             finally:
                 log.set_aside(number, step.failures)
-        with step.timed("accounting"):
-            step.check_accounts(config.min_trained_share)
-            batch = build_batch(
-                [sample.trajectory for sample in step.samples], step.scores, config, scale
-            )
-        with step.timed("learn"):
-            metrics = learners.update(batch)
-        step.check_learned(metrics)
-        watch.check(number, metrics)
-        with step.timed("broadcast"):
-            with step.clock.timed("export", LEARNERS):
-                update = learners.export_weights(number + 1, probe_sequences(step.samples))
-            confirmations = rollouts.load(update)
-        step.clock.remote_parts(metrics, confirmations)
-        watch.loaded(confirmations)
-        metrics = {**metrics, **describe(step)}
-        metrics |= weight_metrics(update, confirmations, metrics["seconds/step"])
-        metrics |= rollouts.figures()
-        with step.timed("save"):
-            log.finish_step(number, metrics, step.scored)
-        timeline(number + 1, step.clock)
-        progress(number + 1, config.steps, watched(metrics))
+            assert log.scale is not None, "a step with samples has made it"
+            with step.timed("accounting"):
+                step.check_accounts(config.min_trained_share)
+                staleness = step.staleness(number, config.max_staleness)
+                batch = build_batch(
+                    [sample.trajectory for sample in step.samples], step.scores, config, log.scale
+                )
+            with source.next_meanwhile(step, number + 1):
+                with step.timed("learn"):
+                    metrics = learners.update(batch)
+                step.check_learned(metrics)
+                if staleness:
+                    metrics = as_stale(metrics)
+                else:
+                    watch.check(number, metrics)
+            with step.timed("broadcast"):
+                with step.clock.timed("export", LEARNERS):
+                    update = learners.export_weights(number + 1, probe_sequences(step.samples))
+                confirmations = rollouts.load(update)
+            step.clock.remote_parts(metrics, confirmations)
+            watch.loaded(confirmations)
+            metrics = {**metrics, **describe(step)}
+            metrics |= weight_metrics(update, confirmations, metrics["seconds/step"])
+            metrics |= rollouts.figures()
+            with step.timed("save"):
+                log.finish_step(number, metrics, step.scored)
+            timeline(number + 1, step.clock)
+            progress(number + 1, config.steps, watched(metrics))
     return True
 
 

@@ -231,6 +231,7 @@ AdvantageEstimator = Literal[
 ]
 GROUP_ESTIMATORS = ("grpo", "rloo", "reinforce_plus_plus_baseline")
 """Those that compare a response with the other responses to its prompt."""
+STALE_IMPORTANCE_CAP = 2.0
 WHITENED_ESTIMATORS = ("gae", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 
 
@@ -291,8 +292,18 @@ class PPOConfig(StrictConfig):
     truncated_value: float = Field(-1.0, description="the fixed score, or the penalty added")
     length_penalty: LengthPenaltyConfig | None = None
     dynamic_sampling: DynamicSamplingConfig | None = None
+    max_staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1: the next step is generated while the learners work on this one, by weights"
+        " that are one update behind (docs/overlap.md)",
+    )
     importance_cap: float | None = Field(
-        None, gt=0, description="cap of the truncated importance weight learner / engine; 2.0"
+        None,
+        gt=0,
+        description="cap of the truncated importance weight learner / engine; 2.0 is usual, and"
+        " the default with max_staleness 1",
     )
     kl: KLConfig = KLConfig()
     policy: OptimizerConfig = OptimizerConfig(learning_rate=3e-4, betas=(0.9, 0.999))
@@ -322,6 +333,13 @@ class PPOConfig(StrictConfig):
     def drift_limits(self) -> DriftConfig:
         """The thresholds of drift that hold, by the learner's precision unless configured."""
         return self.drift or (BFLOAT16_DRIFT if self.bf16 else FLOAT32_DRIFT)
+
+    @property
+    def importance_limit(self) -> float | None:
+        """The cap of importance weights that holds; ``None`` is no weights."""
+        if self.importance_cap is None and self.max_staleness:
+            return STALE_IMPORTANCE_CAP
+        return self.importance_cap
 
     @property
     def has_values(self) -> bool:

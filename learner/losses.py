@@ -129,8 +129,8 @@ def policy_terms(
     log_ratio = logprobs - old_logprobs
     high = config.clip if config.clip_high is None else config.clip_high
     loss, ratio, clipped = policy_loss(log_ratio, advantages, config.clip, high, config.dual_clip)
-    if config.importance_cap is not None:
-        loss = loss * importance_weights(old_logprobs, engine_logprobs, config.importance_cap)
+    if config.importance_limit is not None:
+        loss = loss * importance_weights(old_logprobs, engine_logprobs, config.importance_limit)
     surrogate = loss.detach()
     if config.entropy_coef:
         assert entropy is not None

@@ -47,7 +47,8 @@ def score_stream(
     order; failures of generation pass through. Nothing runs on after the iterator is closed.
 
     Args:
-        stop: Looked at while scores are awaited; when it is true the iterator ends early.
+        stop: Looked at with every sample and while scores are awaited; when it is true the
+            iterator ends early.
         busy: Told of every call of ``reward`` when it began and ended.
 
     Raises:
@@ -69,6 +70,8 @@ def _through(
 ) -> Iterator[Result]:
     waiting: list[Trajectory] = []
     for sample in samples:
+        if stop():
+            return
         if isinstance(sample, SampleFailure):
             yield sample
             continue

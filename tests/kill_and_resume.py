@@ -41,6 +41,10 @@ KINDS: dict[Kind, dict[str, Any]] = {
     "function reward, learner in the driver": {},
     "served reward, one remote learner": {"learners": {"num_learners": 1, "threads": 1}},
     "two remote learners": {"learners": {"num_learners": 2, "threads": 1}},
+    "served reward, generated ahead": {
+        "learners": {"num_learners": 1, "threads": 1},
+        "ppo": {"max_staleness": 1},
+    },
 }
 
 

@@ -241,6 +241,9 @@ POINTS: dict[str, Callable[[], None]] = {
     "on a full disk": full_disk,
 }
 
+KILLED_AHEAD = ("while scoring", "in an optimizer step", "within a checkpoint")
+"""Points at which runs are killed that generate the next step while this one is learned."""
+
 SUPERVISED: dict[str, Callable[[], None]] = {
     "in a step": before(supervised._Loop, "_train_step", nth(5)),
     "within a save": torn_training_state,
@@ -312,28 +315,34 @@ def ppo_points(place: Path, skip: set[str]) -> Iterator[tuple[str, list[str]]]:
         {"name": "scorer", "model": str(scorer), "weight": 0.1},
     ]
 
-    def configure(name: str, **cluster: Any) -> Path:
+    def configure(name: str, *, staleness: int = 0, **cluster: Any) -> Path:
         reward = {"terms": terms, "retry": {"pause_s": 0.0}}
         small = {"steps": 6, "checkpoint_every": 2, "prompts_per_step": 4}
-        ppo = OPTIONS | small
+        ppo = OPTIONS | small | {"max_staleness": staleness}
         short = {"max_new_tokens": 4}
         sections = {"reward": reward, "ppo": ppo, "sampling": short, "cluster": cluster}
         return write_config(place, place / name, model, **sections)
 
-    reference = configure("reference")
-    if code := run(reference, "ppo", resume=False):
-        raise RuntimeError(f"{reference.with_suffix('.log').read_text()}\nexit code {code}")
-    for number, (name, kill) in enumerate(POINTS.items()):
-        if name in skip:
-            continue
-        config = configure(f"run{number}")
+    def killed(name: str, number: int, staleness: int) -> list[str]:
+        prefix = "ahead_" if staleness else ""
+        config = configure(f"{prefix}run{number}", staleness=staleness)
         wrong = []
-        code = run(config, "ppo", resume=False, kill=kill)
+        code = run(config, "ppo", resume=False, kill=POINTS[name])
         if code != (1 if name == "on a full disk" else -signal.SIGKILL):
             wrong.append(f"the run ended with {code}")
         if run(config, "ppo", resume=True):
             wrong.append(end_of(config))
-        yield name, wrong + differences(place / "reference", place / f"run{number}")
+        return wrong + differences(place / f"{prefix}reference", place / config.stem)
+
+    for staleness, name in enumerate(("reference", "ahead_reference")):
+        reference = configure(name, staleness=staleness)
+        if code := run(reference, "ppo", resume=False):
+            raise RuntimeError(f"{reference.with_suffix('.log').read_text()}\nexit code {code}")
+    for number, name in enumerate(POINTS):
+        if name not in skip:
+            yield name, killed(name, number, staleness=0)
+        if name in KILLED_AHEAD:
+            yield f"generated ahead, {name}", killed(name, number, staleness=1)
     yield "a flipped bit, twice killed", twice(configure("twice"), place)
     storage = f"file://{place}/copy"
     yield "killed, with its directory lost", moved(configure("moved", storage=storage), place)

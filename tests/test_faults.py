@@ -19,7 +19,7 @@ from actors.config import EngineConfig, RolloutConfig, SamplingConfig
 from actors.prompts import PromptStream
 from actors.rollout import RolloutPool
 from actors.trajectory import Prompt, SampleFailure
-from cluster.step import Sample
+from cluster.step import Sample, Step
 from cluster.train import train
 from learner.batch import PPOBatch, ScoreScale
 from learner.config import LearnersConfig, PPOConfig
@@ -35,6 +35,7 @@ class Log:
     def __init__(self) -> None:
         self.next_step = 0
         self.scale: ScoreScale | None = None
+        self.ahead: Step | None = None
         self.metrics: list[Mapping[str, float]] = []
         self.failures: list[SampleFailure] = []
 

@@ -60,6 +60,7 @@ class Log:
     def __init__(self) -> None:
         self.next_step = 0
         self.scale: ScoreScale | None = None
+        self.ahead: Step | None = None
         self.steps: list[Mapping[str, float]] = []
         self.versions: list[set[int]] = []
         self.warnings: list[str] = []
@@ -148,6 +149,36 @@ def test_ppo_learns_and_the_engine_agrees_with_the_learner(
     assert log.steps[0]["ppo/kl_sequence"] == pytest.approx(0.0, abs=1e-5)
     assert log.warnings == []
     check_timeline(log)
+
+
+def test_the_next_step_is_generated_while_this_one_is_learned(
+    pool: RolloutPool, model: Path
+) -> None:
+    ppo = PPO.model_copy(update={"max_staleness": 1})
+    log = run(pool, model, seed=0, ppo=ppo)
+    rewards = [m["reward/mean"] for m in log.steps]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:2]) + 0.2, rewards
+    # All of a step from the version before the last; the first two from the only one there is.
+    assert log.versions == [{max(0, step - 1)} for step in range(STEPS)]
+    first, *later = log.steps
+    assert first["ppo/engine_delta_mean"] < 1e-4
+    for metrics in later:
+        assert "ppo/engine_delta_mean" not in metrics
+        assert 1e-3 < metrics["ppo/stale_delta_mean"] < 1.0  # an update's change, not rounding
+        assert 0.5 < metrics["ppo/stale_sample_size"] <= 1.0
+    for metrics in log.steps:
+        assert 0 < metrics["weights/probe_error_max"] < 1e-4
+        assert metrics["samples/submitted"] == metrics["samples/trained"] == 128
+    assert log.warnings == []
+    assert log.ahead is None, "nothing is generated beyond the last step"
+    for row in log.timeline[:-1]:
+        spans = {(lane, what): (start, end) for lane, what, start, end in row["spans"]}
+        began, ended = spans["driver", "learn"]
+        assert began - 0.05 <= spans["rollout-0", "generate"][0] < ended
+    # The same again: who was faster has no say in it.
+    assert [m["ppo/kl_sequence"] for m in run(pool, model, seed=0, ppo=ppo).steps] == [
+        m["ppo/kl_sequence"] for m in log.steps
+    ]
 
 
 def check_timeline(log: Log) -> None:

@@ -13,7 +13,7 @@ from actors.config import SamplingConfig
 from actors.prompts import PromptStream
 from actors.trajectory import Prompt, SampleFailure, Trajectory
 from actors.weights import UpdateConfirmation, WeightUpdate
-from cluster.step import Sample
+from cluster.step import Sample, Step
 from cluster.train import train
 from learner.batch import PPOBatch, ScoreScale
 from learner.config import PPOConfig
@@ -54,7 +54,7 @@ class Pool:
                     sample_index=index,
                     response_ids=np.array([5], np.int32),
                     response_logprobs=np.zeros(1, np.float32),
-                    policy_versions=np.zeros(1, np.int32),
+                    policy_versions=np.full(1, round_index, np.int32),
                     response_text="",
                     finish_reason="stop",
                     seed=index,
@@ -105,6 +105,9 @@ class Learners:
             "ppo/engine_correlation": 1.0,
         }
 
+    def have_lost(self) -> bool:
+        return False
+
     def export_weights(
         self, version: int, probe_sequences: Sequence[Sequence[int]]
     ) -> WeightUpdate:
@@ -115,6 +118,7 @@ class Log:
     def __init__(self, next_step: int) -> None:
         self.next_step = next_step
         self.scale: ScoreScale | None = None
+        self.ahead: Step | None = None
         self.metrics: list[Mapping[str, float]] = []
         self.samples: list[list[tuple[str, str | None]]] = []
         self.failures: list[list[str]] = []

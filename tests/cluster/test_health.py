@@ -12,6 +12,7 @@ import pytest
 
 from actors.trajectory import Prompt, Trajectory
 from cluster.checkpoint import CheckpointStore
+from cluster.drift_watch import STALE_NAMES
 from cluster.health import TABLES, Watch, find, is_coarse, markdown_tables
 from cluster.known_metrics import GROUPS
 from cluster.metric import Metric
@@ -38,13 +39,15 @@ NOT_IN_EVERY_STEP = {
     "recovery/samples_again",
     "rollout/engines",
     "reward/<model>_drift",
+    *STALE_NAMES.values(),
     "weights/megabytes",
     "weights/probe_error_max",
     "weights/reloads",
     "weights/seconds_<part>",
     "weights/verify_share",
 }
-"""Of groups of responses, filters, failures, engines and served models: this step has none."""
+"""Of groups of responses, filters, failures, stale samples, engines and served models: this step
+has none."""
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
 
@@ -192,6 +195,7 @@ def test_a_run_says_once_what_left_its_range(tmp_path: Path) -> None:
             {},
             next_step=0,
             scale=None,
+            ahead=None,
             references={},
             watch=Watch(),
             warn=said.append,

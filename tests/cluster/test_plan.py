@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from cluster.cli import main
-from cluster.config import RunConfig, build_config
-from cluster.cost_model import write_calibration
+from cluster.config import RunConfig, build_config, override_config
+from cluster.cost_model import Layout, write_calibration
 from cluster.memory import kv_cache_gib, model_shape, process_memory
 from cluster.plan import ClusterShape, make_plan
 from cluster.plan_text import describe
@@ -97,6 +97,28 @@ def test_more_machines_make_a_step_shorter_and_a_slow_network_longer() -> None:
 
     assert seconds(4, 100) < seconds(1, 100)
     assert seconds(4, 0.1) > seconds(4, 100)
+
+
+def test_generation_beside_learning_hides_the_shorter_of_the_two() -> None:
+    config = quickstart_config(run_dir=Path("runs/x"))
+    cluster = ClusterShape(nodes=4, memory_gib=64)
+    ahead = override_config(config, ["ppo.max_staleness=1"], "test")
+    plans = [make_plan(c, cluster, TRUTH) for c in (config, ahead)]
+    before, after = ({(p.how, p.engines): p.seconds for p in plan.placements} for plan in plans)
+    assert after["together", 4] == before["together", 4]
+    for engines, learners in ((3, 1), (2, 2)):
+        phases = TRUTH.predict(
+            plans[0].step,
+            Layout(
+                engines=engines,
+                learners=learners,
+                network_bytes_per_s=cluster.network_bytes_per_s,
+            ),
+        )
+        generate = phases.seconds("generate")
+        learn = phases.seconds("learn") + phases.seconds("optimize")
+        assert before["apart", engines] == pytest.approx(phases.total)
+        assert after["apart", engines] == pytest.approx(phases.total - min(generate, learn))
 
 
 def test_means_beyond_the_limits_are_refused() -> None:

@@ -74,6 +74,9 @@ def test_more_steps_change_nothing_where_learning_rates_are_constant() -> None:
     constant = {"schedule": "constant"}
     config = configured(policy=constant, critic=constant)
     assert differences(checkpoint(config), override_config(config, ["ppo.steps=99"], "t")) == []
+    ahead = configured(policy=constant, critic=constant, max_staleness=1)
+    (found,) = differences(checkpoint(ahead), override_config(ahead, ["ppo.steps=99"], "t"))
+    assert found == "nothing was generated ahead of what was the last step: ppo.steps 50 -> 99"
 
 
 def test_other_packages_are_said() -> None:

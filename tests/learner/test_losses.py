@@ -102,6 +102,29 @@ def test_importance_weights_are_truncated() -> None:
     assert importance_weights(old, engine, None).tolist() == [1.0, 1.0, 1.0]
 
 
+def test_stale_samples_are_weighted_unless_configured_otherwise() -> None:
+    assert PPOConfig().importance_limit is None
+    assert PPOConfig(max_staleness=1).importance_limit == 2.0
+    assert PPOConfig(max_staleness=1, importance_cap=5.0).importance_limit == 5.0
+    assert PPOConfig(importance_cap=5.0).importance_limit == 5.0
+    # One token, sampled by weights that gave it 0.2, of a policy that gives it 0.3: weight 1.5.
+    now = log(0.3).requires_grad_()
+    terms = policy_terms(
+        now,
+        None,
+        old_logprobs=log(0.3),
+        reference_logprobs=log(0.3),
+        engine_logprobs=log(0.2),
+        advantages=torch.tensor([2.0], dtype=torch.float64),
+        kl_coef=0.0,
+        config=PPOConfig(max_staleness=1),
+    )
+    terms.loss.sum().backward()
+    assert terms.loss.item() == pytest.approx(-2.0 * 1.5)
+    assert now.grad is not None
+    assert now.grad.item() == pytest.approx(-2.0 * 1.5)  # ratio 1: the gradient is the loss
+
+
 def test_kl_in_the_loss_with_a_biased_gradient_is_refused() -> None:
     with pytest.raises(ValidationError, match="biased gradient"):
         KLConfig(where="loss", estimator="k1")

@@ -1,0 +1,114 @@
+"""A step's samples that wait in a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.trajectory import Prompt, SampleFailure, Trajectory
+from cluster.step import Sample, Step
+from cluster.step_file import read_step, write_step
+from learner.batch import ScoreScale, build_batch
+from learner.config import PPOConfig
+from reward_service.score import Score
+
+PROMPTS = [
+    Prompt(prompt_id=f"p{i}", token_ids=np.array([3, 4 + i], np.int32), text=f"text {i}")
+    for i in range(3)
+]
+
+
+def sample(prompt: Prompt, index: int, rng: np.random.Generator, *, per_token: bool) -> Sample:
+    length = int(rng.integers(1, 7))
+    trajectory = Trajectory(
+        prompt=prompt,
+        sample_index=index,
+        response_ids=rng.integers(3, 500, length).astype(np.int32),
+        response_logprobs=-rng.exponential(2.0, length).astype(np.float32),
+        policy_versions=np.full(length, 4, np.int32),
+        response_text='"§ \u2028 北京 \U0001f600',
+        finish_reason="length",
+        seed=2**62 + 12345,
+    )
+    tokens = rng.normal(size=length).astype(np.float32) if per_token else None
+    value = float(rng.normal()) if tokens is None else float(tokens.sum(dtype=np.float64))
+    score = Score(
+        sample_id=trajectory.sample_id,
+        value=value,
+        per_token=tokens,
+        components={"a": value / 3, "b": float(rng.normal())},
+        model_version="a@1,b@2",
+    )
+    return Sample(trajectory=trajectory, score=score, measured={"good": True, "q": 0.1 + 0.2})
+
+
+def make_step() -> Step:
+    rng = np.random.default_rng(0)
+    samples = [sample(PROMPTS[i // 2], i % 2, rng, per_token=i == 1) for i in range(4)]
+    failures = [
+        SampleFailure(
+            prompt=PROMPTS[2], sample_index=0, stage="scoring", reason="NaN", attempts=3,
+            response="x",
+        ),
+        SampleFailure(prompt=PROMPTS[2], sample_index=1, stage="generation", reason="died"),
+    ]  # fmt: skip
+    return Step(
+        submitted=["p0#0", "p0#1", "p1#0", "p1#1", "p2#0", "p2#1"],
+        samples=samples[:3],
+        filtered=[replace(samples[3], filtered="no_spread")],
+        failures=failures,
+        extra=2,
+        extra_rounds=1,
+        extra_prompts=1,
+    )
+
+
+def test_a_step_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    step = make_step()
+    write_step(tmp_path / "ahead.json", step)
+    back = read_step(tmp_path / "ahead.json", PROMPTS)
+    write_step(tmp_path / "again.json", back)
+    assert (tmp_path / "ahead.json").read_bytes() == (tmp_path / "again.json").read_bytes()
+    back.check_accounts(0.5)
+    assert (back.submitted, back.extra, back.extra_rounds, back.extra_prompts) == (
+        step.submitted, 2, 1, 1,
+    )  # fmt: skip
+    for one, other in zip(step.scored, back.scored, strict=True):
+        assert other.trajectory.prompt is one.trajectory.prompt
+        for name in ("response_ids", "response_logprobs", "policy_versions"):
+            a, b = getattr(one.trajectory, name), getattr(other.trajectory, name)
+            assert a.dtype == b.dtype
+            assert a.tobytes() == b.tobytes()
+        assert one.score.value == other.score.value
+        assert one.measured == other.measured
+        assert one.filtered == other.filtered
+    for failed, same in zip(step.failures, back.failures, strict=True):
+        assert (same.sample_id, same.stage, same.reason, same.attempts, same.response) == (
+            failed.sample_id, failed.stage, failed.reason, failed.attempts, failed.response,
+        )  # fmt: skip
+    config, scale = PPOConfig(), ScoreScale()
+    batches = [
+        build_batch([s.trajectory for s in one.samples], one.scores, config, scale)
+        for one in (step, back)
+    ]
+    for name in batches[0].columns:
+        assert batches[0].columns[name].tobytes() == batches[1].columns[name].tobytes()
+
+
+def test_prompts_that_are_gone_are_named(tmp_path: Path) -> None:
+    write_step(tmp_path / "ahead.json", make_step())
+    with pytest.raises(ValueError, match=r"no longer has \(p1, p2\): put the old prompts back"):
+        read_step(tmp_path / "ahead.json", PROMPTS[:1])
+
+
+def test_samples_of_other_weights_than_promised_are_refused() -> None:
+    step = make_step()  # made by version 4
+    assert step.staleness(4, most=0) == 0
+    assert step.staleness(5, most=1) == 1
+    with pytest.raises(RuntimeError, match=r"step 6 .* \[1\] updates behind .*max_staleness is 0"):
+        step.staleness(5, most=0)
+    with pytest.raises(RuntimeError, match=r"\[-1\] updates behind"):
+        step.staleness(3, most=1)
