@@ -50,12 +50,15 @@ def run_benchmark(
         constants: Where ``plan`` writes what it has measured; by default the user's cache.
         bf16: Precision of the learners that ``plan`` measures.
     """
+    from cluster.bench_overlap import bench_overlap
+
     path = constants or default_path()
     say = Reporter().say
     with tempfile.TemporaryDirectory(prefix="rlhf-bench-") as directory:
         place = Path(directory)
         benchmarks: dict[str, Callable[[Path, int], dict[str, Any]]] = {
             "ppo": bench_ppo,
+            "overlap": bench_overlap,
             "weights": bench_weights,
             "start": bench_start,
             "reward": bench_scoring,
@@ -82,10 +85,10 @@ def bench_ppo(place: Path, repeats: int) -> dict[str, Any]:
     prompts = random_prompts()
     floor = _floor(place, model, prompts)
     config = bench_config(place, model, reward_model, steps=repeats + 1, bf16=bf16)
-    steps = _run_steps(config, model, reward_model, prompts)[1:]
-    median = {phase: _median(steps, f"seconds/{phase}") for phase in (*PHASES, "step")}
+    steps = run_steps(config, model, reward_model, prompts)[1:]
+    median = {phase: median_of(steps, f"seconds/{phase}") for phase in (*PHASES, "step")}
     inside = {
-        f"seconds_learn_{part}": _median(steps, f"ppo/seconds_{part}")
+        f"seconds_learn_{part}": median_of(steps, f"ppo/seconds_{part}")
         for part in ("annotate", "forward_backward", "optimizer")
     }
     floor_total = floor["generate"] + floor["learn"]
@@ -100,11 +103,11 @@ def bench_ppo(place: Path, repeats: int) -> dict[str, Any]:
         "floor_seconds_generate": floor["generate"],
         "floor_seconds_learn": floor["learn"],
         "floor_settings": floor["settings"],
-        "response_tokens_per_second": _median(steps, "tokens/per_second"),
+        "response_tokens_per_second": median_of(steps, "tokens/per_second"),
         "engine_delta_mean_max": max(s["ppo/engine_delta_mean"] for s in steps),
-        "verify_share": _median(steps, "weights/verify_share"),
-        "seconds_checksum": _median(steps, "weights/seconds_checksum"),
-        "seconds_probe": _median(steps, "weights/seconds_probe"),
+        "verify_share": median_of(steps, "weights/verify_share"),
+        "seconds_checksum": median_of(steps, "weights/seconds_checksum"),
+        "seconds_probe": median_of(steps, "weights/seconds_probe"),
         "bf16_autocast": bf16,
         "iterations": len(steps),
     }
@@ -133,7 +136,7 @@ def bench_weights(place: Path, repeats: int) -> dict[str, Any]:
     return {
         "ratio_to_copy": statistics.median(ratios[WARM_UP_UPDATES:]),
         "ratio_first": ratios[0],
-        **{f"seconds_{part}": _median(steady, part) for part in rows[0]},
+        **{f"seconds_{part}": median_of(steady, part) for part in rows[0]},
         "updates": len(steady),
     }
 
@@ -230,9 +233,10 @@ def random_prompts(count: int = PROMPTS, tokens: int = PROMPT_TOKENS) -> list[Pr
     ]
 
 
-def _run_steps(
+def run_steps(
     config: RunConfig, model: Path, reward_model: Path, prompts: list[Prompt]
 ) -> list[Mapping[str, float]]:
+    """What each step of a run reports, with parts that are started for it."""
     assert config.ppo is not None
     reporter = Reporter()
     with Session(config, reporter, StopRequest(reporter.say)) as session:
@@ -347,5 +351,5 @@ def _copy_seconds(tensors: Mapping[str, np.ndarray[Any, Any]]) -> float:
     return seconds
 
 
-def _median(steps: Sequence[Mapping[str, float]], name: str) -> float:
+def median_of(steps: Sequence[Mapping[str, float]], name: str) -> float:
     return statistics.median(step[name] for step in steps)

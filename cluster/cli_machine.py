@@ -78,7 +78,7 @@ def doctor(
 
 
 @click.command("bench")
-@click.argument("what", type=click.Choice(["ppo", "weights", "start", "reward", "plan"]))
+@click.argument("what", type=click.Choice(["ppo", "overlap", "weights", "start", "reward", "plan"]))
 @click.option("--json", "as_json", is_flag=True, help="Only one JSON line on standard output.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option(
@@ -96,6 +96,7 @@ def bench(what: str, as_json: bool, repeats: int, output: Path | None, bf16: boo
 
     \b
     ppo      one PPO iteration / bare vLLM generation + bare torch learning
+    overlap  a step that generates the next one meanwhile / one that does not
     weights  one verified weight update / copying the same bytes
     start    from the start of a PPO run to its first finished sample
     reward   scoring over HTTP / bare torch on the same batch, and 32 callers at once

@@ -1,8 +1,8 @@
 """Who gets which CPU and GPU: connecting to Ray, and waiting for room in the open.
 
-Each long-lived actor asks Ray for its own CPUs and GPUs; Ray's scheduler places them and an
-autoscaler sees what is missing. Before anything is started, :func:`wait_for_room` compares the
-whole demand with the cluster and says what it waits for.
+Each long-lived actor asks Ray for its own CPUs and GPUs. Before anything is started,
+:func:`wait_for_room` asks for room for all of it at once, which is what an autoscaler acts upon,
+and says what it waits for.
 """
 
 from __future__ import annotations
@@ -20,25 +20,53 @@ from typing import Any
 from cluster.config import ClusterConfig, RunConfig
 from cluster.stop import Stopped
 
+LOOK_EVERY_S, SAY_EVERY_S = 1, 15
+"""While there is no room: how often Ray is asked, and how often the user is told."""
 
-def demand(config: RunConfig, *, learners: bool, actors: int | None = None) -> dict[str, float]:
-    """CPUs, GPUs and custom resources that the actors of a run reserve at the same time.
+
+Asks = Mapping[str, tuple[int, Mapping[str, float]]]
+"""Who asks for room: how many of a kind, and what each of them reserves."""
+
+
+def asks(
+    config: RunConfig,
+    *,
+    learners: bool,
+    actors: int | None = None,
+    replicas: bool = True,
+) -> Asks:
+    """What the actors of a run reserve at the same time, by what they are.
 
     Args:
         learners: Whether learners are among them.
         actors: How many rollout actors are; default: ``rollout.num_actors``.
+        replicas: Whether replicas of the reward service are, as many as there may be.
     """
     rollout, service, group = config.rollout, config.reward.service, config.learners
-    actors = rollout.num_actors if actors is None else actors
     served = sum(len(term.members) for term in config.reward.terms)
     if not config.reward.terms and config.reward_model is not None:
         served = 1
+    return {
+        "rollout actors": (
+            rollout.num_actors if actors is None else actors,
+            rollout.actor_resources,
+        ),
+        "reward replicas": (
+            served * service.most_replicas if replicas else 0,
+            service.replica_resources,
+        ),
+        "learners": (group.num_learners if learners else 0, group.learner_resources),
+    }
+
+
+def demand(config: RunConfig, *, learners: bool, actors: int | None = None) -> dict[str, float]:
+    """All CPUs, GPUs and custom resources of :func:`asks`."""
+    return _total(asks(config, learners=learners, actors=actors))
+
+
+def _total(asked: Asks) -> dict[str, float]:
     total: defaultdict[str, float] = defaultdict(float)
-    for count, each in (
-        (actors, rollout.actor_resources),
-        (served * service.most_replicas, service.replica_resources),
-        (group.num_learners if learners else 0, group.learner_resources),
-    ):
+    for count, each in asked.values():
         for name, amount in each.items():
             total[name] += count * amount
     return dict(total)
@@ -114,47 +142,77 @@ def _init_arguments(cluster: ClusterConfig, cpus: float) -> dict[str, Any]:
 
 
 def wait_for_room(
-    need: Mapping[str, float],
+    asked: Asks,
     timeout_s: float,
     say: Callable[[str], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Return when the cluster is large enough for ``need``.
+    """Return when all that is asked for would find room at the same time.
+
+    It is asked of Ray as one placement group: Ray reserves all of it or nothing, and an autoscaler
+    starts nodes for all of it at once. The reservation is given up again for those that asked; one
+    that dies later may then come back wherever there is room.
 
     Raises:
-        TimeoutError: It did not become large enough; names what is there and what is missing.
+        TimeoutError: There was not enough room in time; names what is there and what is missing.
         Stopped: ``stop`` asked to end.
     """
     import ray
 
+    bundles = [
+        bundle
+        for count, each in asked.values()
+        if (bundle := {name: amount for name, amount in each.items() if amount})
+        for _ in range(count)
+    ]
+    if not bundles:
+        return
     deadline = time.monotonic() + timeout_s
     told = 0.0
-    while True:
-        there = ray.cluster_resources()
-        missing = {
-            name: amount - there.get(name, 0.0)
-            for name, amount in need.items()
-            if amount > there.get(name, 0.0)
-        }
-        if not missing:
-            return
-        message = (
-            f"the run needs {_amounts(need)}, the cluster has "
-            f"{_amounts({name: there.get(name, 0.0) for name in need})}: "
-            f"{_amounts(missing)} missing"
-        )
-        if stop():
-            raise Stopped("while waiting for resources; go on with --resume")
-        now = time.monotonic()
-        if now >= deadline:
-            raise TimeoutError(
-                f"{message} after {timeout_s:.0f} s: add nodes, lower rollout.num_actors or "
-                "learners.num_learners, or raise cluster.placement_timeout_s"
-            )
-        if now - told > 15:
-            told = now
-            say(f"waiting for resources: {message} ({deadline - now:.0f} s left)")
-        time.sleep(1.0)
+    group = ray.util.placement_group(bundles, strategy="PACK")
+    try:
+        while not group.wait(LOOK_EVERY_S):
+            if stop():
+                raise Stopped("while waiting for resources; go on with --resume")
+            now = time.monotonic()
+            if now - told > SAY_EVERY_S:
+                told = now
+                left = max(0.0, deadline - now)
+                say(f"waiting for resources: {_shortage(asked)} ({left:.0f} s left)")
+            if now >= deadline:
+                raise TimeoutError(
+                    f"{_shortage(asked)} after {timeout_s:.0f} s: add nodes, lower "
+                    "rollout.num_actors or learners.num_learners, or raise "
+                    "cluster.placement_timeout_s"
+                )
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def _shortage(asked: Asks) -> str:
+    """What is asked for, what there is, and what is missing."""
+    import ray
+
+    need, there = _total(asked), ray.cluster_resources()
+    free = ray.available_resources()
+    names = [name for name, amount in need.items() if amount]
+    who = " + ".join(
+        f"{count} {kind} of {_amounts(each)}" for kind, (count, each) in asked.items() if count
+    )
+    beyond = {name: need[name] - there.get(name, 0.0) for name in names}
+    taken = {name: need[name] - free.get(name, 0.0) for name in names}
+    if any(amount > 0 for amount in beyond.values()):
+        missing = f"{_amounts(_positive(beyond))} missing"
+    elif any(amount > 0 for amount in taken.values()):
+        missing = f"{_amounts(_positive(taken))} of it in use by others"
+    else:
+        missing = "enough in all, but no node has room for one of them"
+    has = _amounts({name: there.get(name, 0.0) for name in names})
+    return f"the run needs {_amounts(need)} ({who}), the cluster has {has}: {missing}"
+
+
+def _positive(amounts: Mapping[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in amounts.items() if amount > 0}
 
 
 def _amounts(resources: Mapping[str, float]) -> str:

@@ -18,6 +18,7 @@ from actors.rollout import RolloutPool
 from cluster.config import RunConfig
 from cluster.progress import Reporter
 from cluster.resources import (
+    asks,
     demand,
     ray_address,
     ray_session,
@@ -62,27 +63,36 @@ class Session:
         self._connected = self._owns_ray = False
         self._pool = self._loaded = self._service = None
 
-    def connect(self, *, learners: bool = False) -> None:
-        """Connect to Ray and wait until it is large enough for what comes."""
-        if not self._connected:
-            if address := ray_address(self._config.cluster):
-                self._reporter.say(f"using the Ray cluster at {address}")
-            self._owns_ray = self._stack.enter_context(ray_session(self._config))
-            self._connected = True
-            # Ended last, just before Ray: its long polls would complain in between.
-            self._stack.callback(self._end_service)
-            # Only now: ray.init installs a SIGTERM handler of its own.
-            self._stop.install()
+    def rollouts(self, model: Path) -> RolloutPool:
+        """The pool, generating from the weights of ``model`` as version 0 (no PPO step yet)."""
+        self._make_room()
+        return self._rollouts(model)
+
+    def _connect(self) -> None:
+        if self._connected:
+            return
+        if address := ray_address(self._config.cluster):
+            self._reporter.say(f"using the Ray cluster at {address}")
+        self._owns_ray = self._stack.enter_context(ray_session(self._config))
+        self._connected = True
+        # Ended last, just before Ray: its long polls would complain in between.
+        self._stack.callback(self._end_service)
+        # Only now: ray.init installs a SIGTERM handler of its own.
+        self._stop.install()
+
+    def _make_room(self, *, replicas: bool = False, learners: bool = False) -> None:
+        """Connect, and wait for room for what is about to start and is not there yet."""
+        self._connect()
+        actors = self._config.rollout.fewest_actors if self._pool is None else 0
+        replicas = replicas and self._service is None
         wait_for_room(
-            demand(self._config, learners=learners, actors=self._config.rollout.fewest_actors),
+            asks(self._config, learners=learners, actors=actors, replicas=replicas),
             self._config.cluster.placement_timeout_s,
             self._reporter.say,
             self._stop,
         )
 
-    def rollouts(self, model: Path) -> RolloutPool:
-        """The pool, generating from the weights of ``model`` as version 0 (no PPO step yet)."""
-        self.connect()
+    def _rollouts(self, model: Path) -> RolloutPool:
         if self._pool is None:
             pool = RolloutPool(
                 model,
@@ -106,7 +116,7 @@ class Session:
         """The weighted sum of ``terms``; starts the reward service if one of them is a model."""
         models = {n: Path(path) for term in terms for n, path in term.members.items()}
         if models and self._service is None:
-            self.connect()
+            self._connect()
             self._service = RewardService.start(self._config.reward.service, models)
             self._reporter.say(f"reward service: {self._service.url}")
         scorers = self._service.scorers() if self._service is not None else {}
@@ -130,9 +140,9 @@ class Session:
         Raises:
             The first error of any part, once all have ended their start.
         """
-        self.connect(learners=True)
+        self._make_room(replicas=True, learners=True)
         with ThreadPoolExecutor(max_workers=3) as executor:
-            rollouts = executor.submit(self.rollouts, model)
+            rollouts = executor.submit(self._rollouts, model)
             reward = executor.submit(self.reward, terms)
             learners = executor.submit(self._own, make_learners)
         return Parts(rollouts=rollouts.result(), reward=reward.result(), learners=learners.result())

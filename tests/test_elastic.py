@@ -42,3 +42,10 @@ def test_a_node_that_is_cut_off_is_given_up(tmp_path: Path) -> None:
         pytest.skip(reason)
     events = run("tests.netns", tmp_path)
     assert events == {"the network of a node is cut": [], "told": []}
+
+
+def test_an_autoscaler_adds_nodes_for_what_is_asked_and_takes_them_away(tmp_path: Path) -> None:
+    """See ``tests/autoscaler.py``: counted are the nodes of the cluster."""
+    events = run("tests.autoscaler", tmp_path)
+    assert {name: wrong for name, wrong in events.items() if wrong} == {}
+    assert len(events) == 6

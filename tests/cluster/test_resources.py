@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 
 from cluster.config import ClusterConfig, RunConfig, build_config
 from cluster.hub import local_model
 from cluster.resources import _init_arguments, demand, wait_for_room
+from cluster.stop import Stopped
 
 
 def test_a_cluster_that_nobody_named_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,11 +57,45 @@ def test_demand_counts_the_replicas_of_every_model() -> None:
 
 def test_waiting_says_what_is_missing_and_gives_up(ray_session: None) -> None:
     said: list[str] = []
-    wait_for_room({"CPU": 1, "GPU": 0}, 1.0, said.append)
+    wait_for_room(
+        {"rollout actors": (1, {"CPU": 1, "GPU": 0}), "learners": (0, {})}, 1.0, say(said)
+    )
+    wait_for_room({"rollout actors": (2, {"CPU": 0, "GPU": 0})}, 1.0, say(said))
     assert said == []
-    with pytest.raises(TimeoutError, match=r"needs 2 CPU, 4 GPU.*4 GPU missing after 1 s: add"):
-        wait_for_room({"CPU": 2, "GPU": 4}, 1.0, said.append)
-    assert "waiting for resources" in said[0]
+    asked = {"rollout actors": (2, {"CPU": 1, "GPU": 1}), "learners": (1, {"GPU": 2})}
+    with pytest.raises(TimeoutError, match=r"needs 2 CPU, 4 GPU .*4 GPU missing after 1 s: add"):
+        wait_for_room(asked, 1.0, say(said))
+    assert said[0].startswith("waiting for resources: the run needs 2 CPU, 4 GPU (2 rollout actors")
+    assert "+ 1 learners of 2 GPU)" in said[0]
+    assert not pending_groups()
+
+
+def test_all_find_room_at_once_or_none(ray_session: None) -> None:
+    """What others hold is told apart from what no cluster of this size has."""
+    free, everything = (r()["CPU"] for r in (ray.available_resources, ray.cluster_resources))
+    asked = {"rollout actors": (1, {"CPU": 1}), "learners": (1, {"CPU": free - 1})}
+    wait_for_room(asked, 10.0, say([]))
+    holder = ray.util.placement_group([{"CPU": 1}])
+    assert holder.wait(10)
+    with pytest.raises(TimeoutError, match=r"1 CPU of it in use by others after 1 s"):
+        wait_for_room(asked, 1.0, say([]))
+    ray.util.remove_placement_group(holder)
+    too_large = {"learners": (1, {"CPU": everything + 1})}
+    with pytest.raises(TimeoutError, match=r": 1 CPU missing"):
+        wait_for_room(too_large, 1.0, say([]))
+    with pytest.raises(Stopped):
+        wait_for_room(too_large, 60.0, say([]), stop=lambda: True)
+    assert not pending_groups()
+
+
+def say(said: list[str]) -> Callable[[str], None]:
+    return said.append
+
+
+def pending_groups() -> list[str]:
+    """Placement groups that nobody has removed."""
+    states = [group["state"] for group in ray.util.placement_group_table().values()]
+    return [state for state in states if state != "REMOVED"]
 
 
 def test_models_by_name(tmp_path: Path) -> None:
