@@ -25,7 +25,6 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.config import RolloutConfig
 from actors.environment import engine_environment
@@ -54,7 +53,6 @@ class Fleet:
     """All workers of one pool. Not thread-safe.
 
     Args:
-        placement_group: Where the first ``num_actors`` are placed; anywhere when ``None``.
         reserve: Resources of the cluster that extra workers leave to others.
         tell: Called with a sentence for every worker that is lost, and that joins.
         look: Replaced in tests.
@@ -66,7 +64,6 @@ class Fleet:
         config: RolloutConfig,
         *,
         name: str,
-        placement_group: Any = None,
         reserve: Mapping[str, float] | None = None,
         tell: Callable[[str], None] = lambda _: None,
         look: Callable[[], Nodes] = read_nodes,
@@ -82,7 +79,6 @@ class Fleet:
         """Workers lost since the fleet was made."""
         self._model_dir = model_dir
         self._config = config
-        self._placement_group = placement_group
         self._ask = config.actor_resources
         self._reserve = reserve or {}
         self._tell = tell
@@ -286,11 +282,6 @@ class Fleet:
 
     def _spawn(self, worker: Worker) -> None:
         config = self._config
-        strategy = (
-            PlacementGroupSchedulingStrategy(self._placement_group)
-            if self._placement_group is not None and not worker.extra
-            else "DEFAULT"
-        )
         actor = ray.remote(RolloutActor).options(
             # A name is taken until Ray has buried its last bearer, so each bearer's is new.
             name=f"{worker.name}-{uuid.uuid4().hex[:6]}",
@@ -298,7 +289,6 @@ class Fleet:
             num_gpus=config.num_gpus_per_actor,
             resources=config.resources_per_actor,
             max_restarts=0,  # Ray would bring it back with the weights of the checkpoint
-            scheduling_strategy=strategy,
             runtime_env={"env_vars": engine_environment(config.engine)},
         )
         worker.handle = actor.remote(

@@ -36,7 +36,6 @@ class RolloutPool:
         model_dir: Hugging Face directory with safetensors weights and a tokenizer, readable by
             every node that actors run on.
         name: Actors are called ``name-0``, ``name-1``, ... in Ray's dashboard and logs.
-        placement_group: Where actors are placed; anywhere when ``None``.
         reserve: Resources of the cluster that a pool which grows (``max_actors``) leaves to
             others.
         tell: Called with a sentence when an actor is lost, comes back, joins or leaves.
@@ -48,7 +47,6 @@ class RolloutPool:
         config: RolloutConfig,
         *,
         name: str = "rollout",
-        placement_group: Any = None,
         reserve: Mapping[str, float] | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -58,7 +56,6 @@ class RolloutPool:
             model_dir,
             config,
             name=name,
-            placement_group=placement_group,
             reserve=reserve,
             tell=tell,
         )

@@ -244,6 +244,7 @@ def sample_again(
         .options(
             num_cpus=rollout.num_cpus_per_actor,
             num_gpus=rollout.num_gpus_per_actor,
+            resources=rollout.resources_per_actor,
             runtime_env={"env_vars": engine_environment(setup.config)},
         )
         # Without an EOS: all that is looked at are log-probabilities.

@@ -20,8 +20,8 @@ from cluster.evaluation import (
     Response,
     Setting,
 )
-from cluster.intervals import Estimate, Groups, bootstrap_mean, share
 from cluster.text_statistics import distinct_n, repetition, self_bleu
+from reward_service.intervals import Estimate, Groups, bootstrap_mean, share
 from reward_service.score import Score
 
 

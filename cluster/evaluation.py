@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from cluster.intervals import Estimate
 from cluster.whole_file import replace_text
+from reward_service.intervals import Estimate
 
 FILE_NAME = "evaluation.json"
 Setting = str | int | float | bool | None

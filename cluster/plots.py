@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cluster.svg import HEIGHT, PLACEHOLDERS, PRINT_COLOURS, STYLE, WIDTH, Colour, to_svg
 
 if TYPE_CHECKING:
-    from cluster.intervals import Estimate
+    from reward_service.intervals import Estimate
 
 Array = npt.NDArray[np.float64]
 SERIES: tuple[Colour, ...] = ("after", "third", "before", "fourth", "fifth")

@@ -10,10 +10,10 @@ import numpy as np
 
 from cluster.charts import Chart
 from cluster.evaluation import CheckpointResult, Evaluation, Response, display_name
-from cluster.intervals import Estimate
 from cluster.plots import compact, histogram
 from cluster.run_files import RunFiles
 from cluster.svg import Colour
+from reward_service.intervals import Estimate
 
 MOST_DISTRIBUTIONS = 3
 """One row of the page; the table has the means of the others."""

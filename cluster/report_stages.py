@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.charts import Chart, draw_panels, draw_phases, draw_unknown, reward_terms
-from cluster.intervals import Estimate
 from cluster.panels import HEALTH, LEARNED, SUPERVISED
 from cluster.plots import Band, Line, compact, line_chart
 from cluster.report_health import Health, ppo_health
 from cluster.report_outcome import Interval, interval_row, span
 from cluster.run_files import RunFiles, SampleFile, finite
+from reward_service.intervals import Estimate
 
 if TYPE_CHECKING:
     import pandas as pd

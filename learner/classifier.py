@@ -23,7 +23,7 @@ from actors.fingerprint import template_fingerprint
 from learner import hf_directory
 from learner.config import RewardModelConfig
 from learner.judgement_loss import scalar_rewards, score_sequences
-from learner.judgements import FloatArray, wilson
+from learner.judgements import FloatArray, share_of
 from learner.stage import finish, identity_of, split
 from learner.supervised import OnStep, TrainingResult, train, use_threads
 from learner.token_batches import Ids, IntArray
@@ -200,8 +200,8 @@ def held_out_figures(
     """The figures of :class:`ClassifierReport` that the held-out texts give."""
     guessed = probabilities >= threshold
     hits = int((guessed & flagged).sum())
-    precision = wilson(hits, int(guessed.sum()))
-    recall = wilson(hits, int(flagged.sum()))
+    precision = share_of(hits, int(guessed.sum()))
+    recall = share_of(hits, int(flagged.sum()))
     return {
         "precision": precision.value,
         "precision_low": precision.low,

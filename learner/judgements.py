@@ -7,9 +7,8 @@ agreement is counted. When a judge judged a pair more than once, the last judgem
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from actors.trajectory import Message
 from reward_service.comparison import Comparison, Rating
+from reward_service.intervals import bootstrap_mean, wilson
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -197,7 +197,7 @@ def majority_accuracy(pairs: Sequence[JudgedPair], differences: FloatArray) -> S
         for pair, difference in zip(pairs, differences, strict=True)
         if (choice := majority(pair.judgements)) is not None
     ]
-    return wilson(sum(hits), len(hits))
+    return share_of(sum(hits), len(hits))
 
 
 def judgement_accuracy(pairs: Sequence[JudgedPair], differences: FloatArray, *, seed: int) -> Share:
@@ -210,7 +210,7 @@ def judgement_accuracy(pairs: Sequence[JudgedPair], differences: FloatArray, *, 
         by_prompt[pair.prompt_id] += [
             _hit(difference, j.preference) for j in pair.judgements if j.preference != 0.5
         ]
-    return bootstrap([hits for hits in by_prompt.values() if hits], seed=seed)
+    return share_over_groups(by_prompt.values(), seed=seed)
 
 
 def judge_agreement(pairs: Sequence[JudgedPair], *, seed: int) -> Share:
@@ -221,7 +221,7 @@ def judge_agreement(pairs: Sequence[JudgedPair], *, seed: int) -> Share:
     by_prompt: dict[str, list[float]] = defaultdict(list)
     for pair, judgement, others in _left_out(pairs):
         by_prompt[pair.prompt_id].append(float(judgement.preference == others))
-    return bootstrap(list(by_prompt.values()), seed=seed)
+    return share_over_groups(by_prompt.values(), seed=seed)
 
 
 def accuracy_beside_judges(
@@ -232,34 +232,25 @@ def accuracy_beside_judges(
     by_prompt: dict[str, list[float]] = defaultdict(list)
     for pair, _, others in _left_out(pairs):
         by_prompt[pair.prompt_id].append(_hit(difference_of[pair.item_id], others))
-    return bootstrap(list(by_prompt.values()), seed=seed)
+    return share_over_groups(by_prompt.values(), seed=seed)
 
 
-def wilson(successes: float, n: int, z: float = 1.959964) -> Share:
-    """Wilson's score interval of a share (Wilson 1927)."""
+def share_of(hits: float, n: int) -> Share:
+    """Of ``n`` independent cases, with Wilson's interval."""
     if n == 0:
         return Share(value=None, low=None, high=None, n=0)
-    share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Share(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), n=n)
+    found = wilson(hits, n)
+    return Share(value=found.value, low=found.low, high=found.high, n=n)
 
 
-def bootstrap(groups: Sequence[Sequence[float]], *, seed: int, draws: int = 2000) -> Share:
-    """Mean over all cases, with a percentile interval from resampling whole groups."""
-    if not groups:
-        return Share(value=None, low=None, high=None, n=0)
-    sums = np.array([sum(group) for group in groups])
-    counts = np.array([len(group) for group in groups])
-    drawn = np.random.default_rng(seed).integers(len(groups), size=(draws, len(groups)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Share(
-        value=float(sums.sum() / counts.sum()),
-        low=float(low),
-        high=float(high),
-        n=int(counts.sum()),
-    )
+def share_over_groups(groups: Collection[Sequence[float]], *, seed: int) -> Share:
+    """Of cases that depend on each other within a group; ``n`` counts cases."""
+    filled = [group for group in groups if group]
+    cases = sum(map(len, filled))
+    if len(filled) < 2:
+        return share_of(sum(map(sum, filled)), cases)
+    found = bootstrap_mean(filled, seed=seed)
+    return Share(value=found.value, low=found.low, high=found.high, n=cases)
 
 
 def _hit(difference: float, choice: float) -> float:

@@ -20,6 +20,7 @@ RECORDS = {
     "reward_service.comparison",
     "reward_service.config",
     "reward_service.encoding",
+    "reward_service.intervals",
     "reward_service.score",
     "reward_service.statistics",
     "learner.config",

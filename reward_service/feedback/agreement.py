@@ -6,13 +6,14 @@ kappas collapse when one choice is rare, Gwet's AC1 flatters when choices are ev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import krippendorff
 import numpy as np
 import numpy.typing as npt
+
+from reward_service.intervals import wilson
 
 Counts = npt.NDArray[np.int64]
 """``[N, V]``: how many judges gave item n the label v."""
@@ -161,11 +162,9 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def wilson_interval(hits: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(hits: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share; (0, 1) of nothing."""
     if n == 0:
         return 0.0, 1.0
-    share = hits / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    found = wilson(hits, n)
+    return found.low, found.high

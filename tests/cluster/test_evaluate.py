@@ -14,7 +14,7 @@ import pytest
 from actors.trajectory import Prompt, Trajectory
 from cluster.evaluate import CheckpointSamples, evaluate_samples
 from cluster.evaluation import read_evaluation, write_evaluation
-from cluster.intervals import wilson
+from reward_service.intervals import wilson
 from reward_service.score import Score
 
 

@@ -21,7 +21,6 @@ from learner.judgements import (
     Judgement,
     Teaching,
     accuracy_beside_judges,
-    bootstrap,
     disagreements,
     judge_agreement,
     judged_pairs,
@@ -29,7 +28,8 @@ from learner.judgements import (
     majority,
     majority_accuracy,
     rated_responses,
-    wilson,
+    share_of,
+    share_over_groups,
 )
 from learner.reward_model import RewardModelReport, normalisation, train_reward_model
 from learner.stage import REPORT_FILE
@@ -91,25 +91,25 @@ def test_leave_one_out_by_hand() -> None:
 
 def test_wilson_interval() -> None:
     """8 of 10: the textbook values."""
-    found = wilson(8, 10)
+    found = share_of(8, 10)
     assert (found.low, found.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson(10, 10).high == pytest.approx(1.0)
-    assert wilson(10, 10).low == pytest.approx(0.7225, abs=1e-4)
-    assert wilson(0, 0).value is None
+    assert share_of(10, 10).high == pytest.approx(1.0)
+    assert share_of(10, 10).low == pytest.approx(0.7225, abs=1e-4)
+    assert share_of(0, 0).value is None
 
 
-def test_bootstrap_resamples_whole_groups() -> None:
+def test_the_bootstrap_resamples_whole_groups() -> None:
     """Copies of a judgement within a group make the interval no narrower."""
     rng = np.random.default_rng(0)
     once = [[float(v)] for v in rng.random(100) < 0.7]
     many = [group * 5 for group in once]
-    a, b = bootstrap(once, seed=1), bootstrap(many, seed=1)
+    a, b = (share_over_groups(groups, seed=1) for groups in (once, many))
     assert (a.low, a.high, a.value) == (b.low, b.high, b.value)
     assert b.n == 500
     share, spread = a.value, 1.96 * math.sqrt(0.7 * 0.3 / 100)
     assert share is not None
     assert a.low == pytest.approx(share - spread, abs=0.03)
-    assert bootstrap([], seed=0).value is None
+    assert share_over_groups([], seed=0).value is None
 
 
 # --- records -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cluster.intervals import bootstrap_mean, share, wilson
+from reward_service.intervals import bootstrap_mean, share, wilson
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 12), (1, 30), (15, 30), (118, 128), (12, 12)])
