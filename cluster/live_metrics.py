@@ -46,6 +46,7 @@ class LiveMetrics:
             self._gauges[name].set(value, {"run": self._run})
 
 
+AGREEMENT = ("ppo/engine_delta_mean", "ppo/stale_delta_mean")
 ROWS: tuple[tuple[str, tuple[tuple[str, str, tuple[str, ...]], ...]], ...] = (
     (
         "Is it learning?",
@@ -59,7 +60,7 @@ ROWS: tuple[tuple[str, tuple[tuple[str, str, tuple[str, ...]], ...]], ...] = (
         "Is it sound?",
         (
             ("Clipped tokens", "percentunit", ("ppo/clip_fraction",)),
-            ("Engine against learner, mean |Δ log p|", "none", ("ppo/engine_delta_mean",)),
+            ("Engine against learner, mean |Δ log p|", "none", AGREEMENT),
             ("Entropy, nats per token", "none", ("ppo/entropy",)),
         ),
     ),
