@@ -102,11 +102,13 @@ class Generation:
         self.again = 0
         """Samples that were in flight on an actor when it was lost."""
 
-    def run(self, progress: Progress | None) -> Iterator[Record]:
+    def run(
+        self, progress: Progress | None, stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[Record]:
         """Yield one record for each sample; whatever ends it early leaves the engines idle."""
         done = 0
         try:
-            while self._queue or self._streams or self._resting:
+            while (self._queue or self._streams or self._resting) and not stop():
                 for record in self._turn():
                     done += 1
                     if progress is not None:

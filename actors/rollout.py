@@ -137,6 +137,7 @@ class RolloutPool:
         round_index: int,
         progress: Progress | None = None,
         busy: Busy | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[Trajectory | SampleFailure]:
         """Sample ``samples_per_prompt`` responses to each prompt.
 
@@ -148,6 +149,8 @@ class RolloutPool:
             round_index: Tells visits to the same prompt apart, such as the PPO step.
             progress: Called with the numbers of samples done and asked for.
             busy: Told in the end when each actor worked.
+            stop: Looked at about once a second; when it is true the iterator ends early, as if it
+                were closed.
 
         Raises:
             ValueError: a prompt fills the context or holds an id outside the vocabulary; raised
@@ -167,7 +170,7 @@ class RolloutPool:
             fleet=self._fleet,
             config=self._config,
         )
-        return self._run(generation, progress, busy)
+        return self._run(generation, progress, busy, stop)
 
     def load(self, update: WeightUpdate) -> list[UpdateConfirmation]:
         """Make every actor generate from ``update``, verified and proved by its probe.
@@ -271,12 +274,16 @@ class RolloutPool:
             )
 
     def _run(
-        self, generation: Generation, progress: Progress | None, busy: Busy | None
+        self,
+        generation: Generation,
+        progress: Progress | None,
+        busy: Busy | None,
+        stop: Callable[[], bool],
     ) -> Iterator[Trajectory | SampleFailure]:
         self._require_idle("generate")
         self._generating = True
         try:
-            yield from generation.run(progress)
+            yield from generation.run(progress, stop)
         finally:
             self._generating = False
             self._again += generation.again

@@ -153,7 +153,7 @@ class PPOLog:
         path = self._directory / "samples" / f"step_{done:06d}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = (json.dumps(sample_row(sample), ensure_ascii=False) for sample in samples)
-        replace_text(path, "".join(f"{row}\n" for row in rows))
+        replace_text(path, "".join(f"{row}\n" for row in rows), errors="backslashreplace")
 
 
 def score_drift(
@@ -238,8 +238,7 @@ def _train(
             scale = ScoreScale(**checkpoint.state["score_scale"])
             learners.restore(checkpoint.path)
             start = checkpoint.step
-            if (checkpoint.path / AHEAD).exists():
-                ahead = read_step(checkpoint.path / AHEAD, prompts)
+            ahead = samples_ahead(checkpoint, config.ppo, prompts, work.reporter.warn)
             rollouts.load(learners.export_weights(start, checkpoint.state["probe"]))
             work.reporter.say(f"going on after step {start}")
         writer = MetricsWriter(
@@ -320,6 +319,37 @@ def _last_checkpoint(
         for difference in differences(checkpoint, work.config):
             work.reporter.warn(f"not the run that was interrupted, bit for bit: {difference}")
     return checkpoint
+
+
+def samples_ahead(
+    checkpoint: Checkpoint,
+    config: PPOConfig,
+    prompts: Sequence[Prompt],
+    warn: Callable[[str], None],
+) -> Step | None:
+    """The samples of the next step that a checkpoint holds.
+
+    ``None``, with a warning, where they are of no use or lacking though samples may be stale: they
+    are generated anew then, by the weights of the checkpoint.
+    """
+    path = checkpoint.path / AHEAD
+    held = path.exists()
+    if not held and (not config.max_staleness or checkpoint.step >= config.steps):
+        return None
+    try:
+        if not held:
+            raise ValueError("it has none")
+        if not config.max_staleness:
+            raise ValueError("ppo.max_staleness is 0 now")
+        step = read_step(path, prompts)
+        step.check_accounts(config.min_trained_share)
+    except (ValueError, RuntimeError) as error:
+        warn(
+            f"the samples that were made ahead of step {checkpoint.step + 1} are not taken from the"
+            f" checkpoint but generated anew, by newer weights than those ({error})"
+        )
+        return None
+    return step
 
 
 def check_shared(directory: Path, learners: PPOLearners) -> None:

@@ -65,7 +65,7 @@ class Session:
 
     def rollouts(self, model: Path) -> RolloutPool:
         """The pool, generating from the weights of ``model`` as version 0 (no PPO step yet)."""
-        self._make_room()
+        self._make_room(actors=True)
         return self._rollouts(model)
 
     def _connect(self) -> None:
@@ -80,13 +80,18 @@ class Session:
         # Only now: ray.init installs a SIGTERM handler of its own.
         self._stop.install()
 
-    def _make_room(self, *, replicas: bool = False, learners: bool = False) -> None:
+    def _make_room(
+        self, *, actors: bool = False, replicas: bool = False, learners: bool = False
+    ) -> None:
         """Connect, and wait for room for what is about to start and is not there yet."""
         self._connect()
-        actors = self._config.rollout.fewest_actors if self._pool is None else 0
-        replicas = replicas and self._service is None
         wait_for_room(
-            asks(self._config, learners=learners, actors=actors, replicas=replicas),
+            asks(
+                self._config,
+                learners=learners,
+                actors=self._config.rollout.fewest_actors * (actors and self._pool is None),
+                replicas=replicas and self._service is None,
+            ),
             self._config.cluster.placement_timeout_s,
             self._reporter.say,
             self._stop,
@@ -114,9 +119,13 @@ class Session:
 
     def reward(self, terms: Sequence[RewardTerm]) -> Reward:
         """The weighted sum of ``terms``; starts the reward service if one of them is a model."""
+        if any(term.members for term in terms):
+            self._make_room(replicas=True)
+        return self._reward(terms)
+
+    def _reward(self, terms: Sequence[RewardTerm]) -> Reward:
         models = {n: Path(path) for term in terms for n, path in term.members.items()}
         if models and self._service is None:
-            self._connect()
             self._service = RewardService.start(self._config.reward.service, models)
             self._reporter.say(f"reward service: {self._service.url}")
         scorers = self._service.scorers() if self._service is not None else {}
@@ -140,10 +149,10 @@ class Session:
         Raises:
             The first error of any part, once all have ended their start.
         """
-        self._make_room(replicas=True, learners=True)
+        self._make_room(actors=True, replicas=True, learners=True)
         with ThreadPoolExecutor(max_workers=3) as executor:
             rollouts = executor.submit(self._rollouts, model)
-            reward = executor.submit(self.reward, terms)
+            reward = executor.submit(self._reward, terms)
             learners = executor.submit(self._own, make_learners)
         return Parts(rollouts=rollouts.result(), reward=reward.result(), learners=learners.result())
 

@@ -1,13 +1,14 @@
 """A step's samples as a file, for a checkpoint that is written while they wait to be trained on.
 
 JSON: Python writes a float such that reading it gives the same bits, float32 included. Prompts are
-named, not repeated: a run that goes on has them.
+named, with a digest of their tokens, and not repeated: a run that goes on has them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +23,33 @@ COUNTS = ("extra", "extra_rounds", "extra_prompts")
 
 def write_step(path: Path, step: Step) -> None:
     """Write everything of ``step`` but its clock."""
+    prompts = {p.prompt_id: _digest(p) for p in _prompts(step)}
     value = {
+        "prompts": prompts,
         "submitted": step.submitted,
         "samples": [_sample_row(sample) for sample in step.samples],
         "filtered": [_sample_row(sample) for sample in step.filtered],
         "failures": [_failure_row(failure) for failure in step.failures],
         **{name: getattr(step, name) for name in COUNTS},
     }
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def read_step(path: Path, prompts: Sequence[Prompt]) -> Step:
     """The step of a file.
 
     Raises:
-        ValueError: It names a prompt that is not among ``prompts``.
+        ValueError: It has samples of a prompt that is not among ``prompts``, or not as it was.
     """
     value = json.loads(path.read_text(encoding="utf-8"))
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    rows = [*value["samples"], *value["filtered"], *value["failures"]]
-    missing = sorted({row["prompt"] for row in rows} - set(by_id))
-    if missing:
-        raise ValueError(
-            f"{path} has samples of prompts that the data no longer has ({', '.join(missing[:5])}):"
-            " put the old prompts back, or start anew with --overwrite"
-        )
+    changed = sorted(
+        name
+        for name, digest in value["prompts"].items()
+        if name not in by_id or _digest(by_id[name]) != digest
+    )
+    if changed:
+        raise ValueError(f"the data has no such prompts any more: {', '.join(changed[:5])}")
     return Step(
         submitted=value["submitted"],
         samples=[_sample(row, by_id) for row in value["samples"]],
@@ -54,6 +57,17 @@ def read_step(path: Path, prompts: Sequence[Prompt]) -> Step:
         failures=[_failure(row, by_id) for row in value["failures"]],
         **{name: value[name] for name in COUNTS},
     )
+
+
+def _prompts(step: Step) -> Iterator[Prompt]:
+    for sample in step.scored:
+        yield sample.trajectory.prompt
+    for failure in step.failures:
+        yield failure.prompt
+
+
+def _digest(prompt: Prompt) -> str:
+    return hashlib.sha256(prompt.token_ids.astype("<i4").tobytes()).hexdigest()
 
 
 def _sample_row(sample: Sample) -> dict[str, Any]:

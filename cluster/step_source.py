@@ -15,7 +15,7 @@ known beforehand: the result does not depend on who was faster.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Event
 from typing import Protocol, Self
@@ -77,6 +77,7 @@ class StepSource:
         self._measure = measure
         self._stop = stop
         self._retry = retry
+        self._failed: BaseException | None = None
         self._cancelled = Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
 
@@ -89,7 +90,7 @@ class StepSource:
 
     def take(self, number: int) -> Step:
         """A step, counted from 0, of which nothing is generated unless it was generated ahead."""
-        step, self._memory.ahead = self._memory.ahead, None
+        step = self._memory.ahead
         if step is None:
             return self._begin(number)
         step.clock = Clock()
@@ -101,9 +102,15 @@ class StepSource:
 
         Raises:
             LearnersLost: A learner died meanwhile; there is no need to generate to the end.
+            Whatever stopped the generation or scoring of this step, ahead or now.
         """
-        if step.scored or step.failures:  # generated ahead
-            return not self._stop()
+        if self._stop():  # what was generated ahead stays in the memory, for a checkpoint
+            return False
+        if self._failed is not None:
+            raise self._failed
+        if step is self._memory.ahead:
+            self._memory.ahead = None
+            return True
         with step.timed("generate"):
             self._generate(step, number, step.clock, self._stop_or_lost)
         return not self._stop()
@@ -114,11 +121,11 @@ class StepSource:
         the block waits for them. Does nothing where samples may not be stale, or after the last
         step.
 
-        A request to stop ends nothing here: it would lose the step that was just learned.
+        Neither a request to stop nor an error of the next step ends anything here, as ``step`` has
+        just been learned and is to be saved: both are for ``fill``.
 
         Raises:
             LearnersLost: A learner died while samples were awaited.
-            Whatever stops the generation or scoring of the next step.
         """
         if not self._config.max_staleness or number >= self._config.steps:
             yield
@@ -130,11 +137,14 @@ class StepSource:
         try:
             yield
             with step.timed("generate"):
-                self._wait(made)
+                while not wait([made], timeout=LOOK_UP_S).done:
+                    self._require_learners()
         except BaseException:
             self._cancelled.set()
             raise
-        self._memory.ahead = ahead
+        self._failed = made.exception()
+        if self._failed is None:
+            self._memory.ahead = ahead
 
     def _begin(self, number: int) -> Step:
         prompts = self._prompts.batch(number)
@@ -149,6 +159,7 @@ class StepSource:
                 run_seed=self._seed,
                 round_index=number,
                 busy=clock.generated,
+                stop=stop,
             )
             scored = score_stream(
                 self._reward, answers, retry=self._retry, stop=stop, busy=clock.scored
@@ -162,11 +173,6 @@ class StepSource:
             asked = step.replacements(
                 self._prompts, number, self._config, self._sampling.samples_per_prompt
             )
-
-    def _wait(self, made: Future[None]) -> None:
-        while not wait([made], timeout=LOOK_UP_S).done:
-            self._require_learners()
-        made.result()
 
     def _stop_or_lost(self) -> bool:
         self._require_learners()

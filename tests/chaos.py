@@ -57,11 +57,17 @@ TITLES = {
 
 @dataclass
 class Kill:
-    """One kill, and when the run was as it had been."""
+    """One kill, and when the run was as it had been.
+
+    Attributes:
+        losses, restarts: Of rollout actors and of learners that had been told before.
+    """
 
     what: str
     at: float
     step: int
+    losses: int
+    restarts: float
     normal: float | None = None
 
 
@@ -151,10 +157,13 @@ class Disturbed:
         waiting = [kill for kill in self.kills if kill.normal is None]
         if not waiting:
             return
-        done = max((row["step"] for row in self.steps()), default=0)
+        done, restarts = self._reached()
+        told, serving = self._actors()
         for kill in waiting:
             if kill.what in ("rollout actor", "its node"):
-                over = self._serving() >= 2
+                over = told > kill.losses and serving >= 2
+            elif "learner" in kill.what:
+                over = done > kill.step and restarts > kill.restarts
             else:
                 over = done > kill.step
             if over:
@@ -164,12 +173,17 @@ class Disturbed:
                     flush=True,
                 )
 
-    def _serving(self) -> int:
-        """Rollout actors that serve, by what the run said of those that it lost."""
+    def _actors(self) -> tuple[int, int]:
+        """Rollout actors that the run said were lost, and how many serve by what it said."""
         text = self.log.read_text(errors="replace")
         lost = Counter(re.findall(r"lost: (rollout-\d+)", text))
         back = Counter(re.findall(r"(rollout-\d+) serves", text))
-        return 2 - sum((lost - back).values())
+        return sum(lost.values()), 2 - sum((lost - back).values())
+
+    def _reached(self) -> tuple[int, float]:
+        """The furthest step that is finished, and the learners' restarts until then."""
+        last = max(self.steps(), key=lambda row: row["step"], default={"step": 0})
+        return last["step"], last.get("recovery/learner_restarts", 0.0)
 
     def _kill_something(self) -> None:
         choices: list[tuple[str, Callable[[], bool]]] = [
@@ -182,11 +196,11 @@ class Disturbed:
             ("Serve controller", lambda: self._end(TITLES["Serve controller"], 1)),
         ]
         self._rng.shuffle(choices)
-        step = max((row["step"] for row in self.steps()), default=0)
+        (step, restarts), (losses, _) = self._reached(), self._actors()
         for what, kill in choices:
             at = time.monotonic()
             if kill():
-                self.kills.append(Kill(what=what, at=at, step=step))
+                self.kills.append(Kill(what, at, step, losses, restarts))
                 return
 
     def _end(self, title: str, count: int) -> bool:

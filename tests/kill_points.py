@@ -35,6 +35,7 @@ from cluster import checkpoint, step_lines
 from cluster.config import load_config
 from cluster.session import Parts
 from learner import learner_state, supervised, training_state
+from learner.group import PPOLearners
 from learner.hf_directory import load_causal_lm, load_tokenizer
 from learner.trainer import ModuleTrainer
 from reward_service.model import RewardModel
@@ -94,6 +95,7 @@ class SmallSampler:
         run_seed: int,
         round_index: int,
         busy: object = None,
+        stop: object = None,
     ) -> Iterator[Trajectory]:
         wanted = [(p, i) for p in prompts for i in range(sampling.samples_per_prompt)]
         random.Random(os.urandom(8)).shuffle(wanted)
@@ -344,6 +346,7 @@ def ppo_points(place: Path, skip: set[str]) -> Iterator[tuple[str, list[str]]]:
         if name in KILLED_AHEAD:
             yield f"generated ahead, {name}", killed(name, number, staleness=1)
     yield "a flipped bit, twice killed", twice(configure("twice"), place)
+    yield "generated ahead, asked to stop", stopped(configure("stopped", staleness=1), place)
     storage = f"file://{place}/copy"
     yield "killed, with its directory lost", moved(configure("moved", storage=storage), place)
 
@@ -355,6 +358,30 @@ OPTIONS = {
     "policy": {"learning_rate": 3e-3, "warmup_share": 0.2},
     "critic": {"learning_rate": 3e-3, "schedule": "cosine"},
 }  # fmt: skip
+
+
+def stop_in_the_third_step() -> None:
+    """Somebody asks for it while the learners work, between two checkpoints."""
+    original, count, asked = PPOLearners.update, nth(3), []
+
+    def update(self: Any, batch: Any) -> Any:
+        if count():
+            asked.append(True)
+        return original(self, batch)
+
+    PPOLearners.update = update  # type: ignore[method-assign]
+    cluster.pipeline.StopRequest.__call__ = lambda _: bool(asked)  # type: ignore[method-assign]
+
+
+def stopped(config: Path, place: Path) -> list[str]:
+    """It saves what it has, the samples of the next step among it, and goes on from there."""
+    ended = [run(config, "ppo", resume=False, kill=stop_in_the_third_step)]
+    held = place / config.stem / "ppo" / "checkpoints" / "step_000003" / "ahead.json"
+    wrong = [] if held.exists() else [f"no {held.name} at step 3: {end_of(config)}"]
+    ended.append(run(config, "ppo", resume=True))
+    if ended != [1, 0] or "PPO after step 3" not in end_of(config):
+        wrong.append(f"the runs ended with {ended}: {end_of(config)}")
+    return wrong + differences(place / "ahead_reference", place / config.stem)
 
 
 def twice(config: Path, place: Path) -> list[str]:

@@ -28,7 +28,7 @@ def test_runs_killed_at_any_point_end_with_the_same_bits(tmp_path: Path) -> None
     wrong = {name: problems for name, problems in results.items() if problems}
     # pytest would cut a log of several pages, and its end says why
     assert not wrong, "\n".join(f"{name}:\n" + "\n".join(why) for name, why in wrong.items())
-    assert len(results) == 11 + 3 + 5
+    assert len(results) == 11 + 4 + 5
     # Failures of scoring were part of it.
     rows = [json.loads(x) for x in (tmp_path / "ppo/reference/ppo/quarantine.jsonl").open()]
     assert {row["stage"] for row in rows} == {"scoring"}

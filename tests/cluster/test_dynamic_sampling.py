@@ -39,6 +39,7 @@ class Pool:
         run_seed: int,
         round_index: int,
         busy: object = None,
+        stop: object = None,
     ) -> Iterator[Trajectory | SampleFailure]:
         assert run_seed == 7
         self.asked.append((round_index, [p.prompt_id for p in prompts]))

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from actors.trajectory import Prompt, SampleFailure, Trajectory
+from cluster.checkpoint import Checkpoint
+from cluster.ppo_stage import samples_ahead
 from cluster.step import Sample, Step
 from cluster.step_file import read_step, write_step
 from learner.batch import ScoreScale, build_batch
@@ -98,10 +100,43 @@ def test_a_step_comes_back_bit_for_bit(tmp_path: Path) -> None:
         assert batches[0].columns[name].tobytes() == batches[1].columns[name].tobytes()
 
 
-def test_prompts_that_are_gone_are_named(tmp_path: Path) -> None:
+def test_prompts_that_are_gone_or_changed_are_named(tmp_path: Path) -> None:
     write_step(tmp_path / "ahead.json", make_step())
-    with pytest.raises(ValueError, match=r"no longer has \(p1, p2\): put the old prompts back"):
+    with pytest.raises(ValueError, match="no such prompts any more: p1, p2"):
         read_step(tmp_path / "ahead.json", PROMPTS[:1])
+    other = replace(PROMPTS[0], token_ids=np.array([9], np.int32))
+    with pytest.raises(ValueError, match="no such prompts any more: p0"):
+        read_step(tmp_path / "ahead.json", [other, *PROMPTS[1:]])
+
+
+def at_step(path: Path, step: int) -> Checkpoint:
+    return Checkpoint(path=path, step=step, state={}, config={}, versions={})
+
+
+def test_samples_of_a_checkpoint_are_taken_where_they_are_of_use(tmp_path: Path) -> None:
+    """Otherwise the step is generated anew, which is said, as the bits are others then."""
+    told: list[str] = []
+    ahead = PPOConfig(steps=9, max_staleness=1, min_trained_share=0.5)
+    checkpoint = at_step(tmp_path, 4)
+    assert samples_ahead(checkpoint, PPOConfig(steps=9), PROMPTS, told.append) is None
+    assert samples_ahead(at_step(tmp_path, 9), ahead, PROMPTS, told.append) is None
+    assert told == [], "there were none to be expected"
+    assert samples_ahead(checkpoint, ahead, PROMPTS, told.append) is None
+    write_step(tmp_path / "ahead.json", make_step())
+    found = samples_ahead(checkpoint, ahead, PROMPTS, told.append)
+    assert found is not None
+    assert len(found.scored) == 4
+    assert len(told) == 1
+    for config, prompts in (
+        (PPOConfig(steps=9), PROMPTS),
+        (ahead, PROMPTS[1:]),
+        (ahead.model_copy(update={"min_trained_share": 0.9}), PROMPTS),
+    ):
+        assert samples_ahead(checkpoint, config, prompts, told.append) is None
+    whys = ("it has none", "max_staleness is 0 now", "no such prompts any more: p0", "samples of")
+    for sentence, why in zip(told, whys, strict=True):
+        assert "made ahead of step 5 are not taken from the checkpoint" in sentence
+        assert why in sentence
 
 
 def test_samples_of_other_weights_than_promised_are_refused() -> None:

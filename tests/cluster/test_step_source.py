@@ -106,9 +106,11 @@ def test_a_step_made_ahead_is_taken_as_it_is(parts: Parts) -> None:
     assert parts.source.take(1) is ahead
     assert ahead.clock.spans == []
     assert parts.source.fill(ahead, 1)
+    assert parts.memory.ahead is None
     assert parts.pool.rounds == [0, 1], "nothing was generated again"
     with parts.source.next_meanwhile(ahead, 3):  # there is no step 3
-        assert parts.memory.ahead is None
+        pass
+    assert parts.memory.ahead is None
     assert parts.pool.rounds == [0, 1]
 
 
@@ -130,17 +132,20 @@ def fail(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("an actor keeps dying"), TimeoutError("late")])
-def test_what_goes_wrong_ahead_is_raised_where_it_is_awaited(
+def test_what_goes_wrong_ahead_is_raised_where_its_step_would_begin(
     parts: Parts, error: Exception
 ) -> None:
+    """The step that is learned meanwhile is finished first."""
     step = parts.first()
     parts.pool.before = lambda: fail(error)
-    with (
-        pytest.raises(type(error), match=str(error)),
-        parts.source.next_meanwhile(step, 1),
-    ):
+    with parts.source.next_meanwhile(step, 1):
         time.sleep(0.1)
     assert parts.memory.ahead is None
+    step = parts.source.take(1)
+    with pytest.raises(type(error), match=str(error)):
+        parts.source.fill(step, 1)
+    parts.stopped = True
+    assert not parts.source.fill(step, 1)
 
 
 def test_what_goes_wrong_in_the_block_ends_what_is_made_ahead(parts: Parts) -> None:
@@ -164,7 +169,11 @@ def test_learners_that_are_lost_end_the_wait_and_a_request_to_stop_does_not(part
         pass
     ahead = parts.source.take(1)
     assert not parts.source.fill(ahead, 1), "but no step is begun"
-    parts.stopped, parts.lost = False, True
+    assert parts.memory.ahead is ahead, "it is there for the checkpoint"
+    parts.stopped = False
+    assert parts.source.fill(ahead, 1)
+    assert parts.memory.ahead is None
+    parts.lost = True
     parts.pool.before = lambda: time.sleep(0.3)
     began = time.monotonic()
     with (
