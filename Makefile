@@ -39,7 +39,8 @@ quickstart: $(VENV)/.runtime
 	$(BIN)/rlhf quickstart $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	@# Two at a time, each with a Ray of its own: much of a test is waiting for processes to start.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
