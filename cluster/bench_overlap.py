@@ -16,12 +16,13 @@ from cluster.bench import bench_config, build_models, median_of, random_prompts,
 from cluster.config import RunConfig
 
 EPOCHS = 2
-"""Learning then takes about as long as generating, which is where overlap has most to give."""
+"""Fewer than PPO usually takes, so that learning does not outlast generating by too much: what
+overlap can give is the shorter of the two."""
 
 
 def bench_overlap(place: Path, repeats: int) -> dict[str, Any]:
     """Medians of ``2 * repeats`` steps of each kind, the first steps left out."""
-    model, reward_model = build_models(place, hidden=256, layers=6)
+    model, reward_model = build_models(place, hidden=128, layers=4)
     config = _halved(bench_config(place, model, reward_model, steps=2 * repeats + 2, bf16=False))
     by_turns, beside = (
         # The first step is warming up; overlap begins with the second and ends before the last.
