@@ -90,12 +90,16 @@ HEALTH: tuple[Panel, ...] = (
     Panel(
         title="Engine against learner",
         explain="Difference of the log-probabilities that vLLM sampled with and that the learner"
-        " computes. Rounding only, when the weights are in step: below 1e-4 in float32. With"
-        " max_staleness 1 the learner is one update further, and the difference is that update.",
-        lines=(
-            ("mean", ("ppo/stale_delta_mean", "ppo/engine_delta_mean")),
-            ("largest", ("ppo/stale_delta_max", "ppo/engine_delta_max")),
-        ),
+        " computes. Rounding only, when the weights are in step: below 1e-4 in float32.",
+        lines=(("mean", ("ppo/engine_delta_mean",)), ("largest", ("ppo/engine_delta_max",))),
+        log=True,
+        unit="|Δ log p|",
+    ),
+    Panel(
+        title="What an update moves",
+        explain="With max_staleness 1 samples are one update older than the learner: how far that"
+        " update moved the log-probabilities of their tokens.",
+        lines=(("mean", ("ppo/stale_delta_mean",)), ("largest", ("ppo/stale_delta_max",))),
         log=True,
         unit="|Δ log p|",
     ),

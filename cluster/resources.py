@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +97,33 @@ def ray_session(config: RunConfig) -> Iterator[bool]:
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
         if ray_address(cluster) is None:  # a cluster that is there has its token already
             _give_token_without_home()
-        ray.init(**_init_arguments(cluster, demand(config, learners=True)["CPU"]))
+        with _process_groups_of_their_own():
+            ray.init(**_init_arguments(cluster, demand(config, learners=True)["CPU"]))
     try:
         yield started_here
     finally:
         if started_here:
             ray.shutdown()
+
+
+@contextmanager
+def _process_groups_of_their_own() -> Iterator[None]:
+    """Whoever signals this process's group (``timeout``, a shell's ``kill``) means this process,
+    which then ends Ray's in order: they must not be in that group. There is no public switch.
+
+    Only on Linux, where Ray's processes die with their parent; elsewhere Ray finds them by group.
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    from ray._private import services
+
+    original = services.ConsolePopen
+    services.ConsolePopen = partial(original, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original
 
 
 def _give_token_without_home() -> None:

@@ -86,6 +86,14 @@ def input_digests(config: RunConfig, reward_models: Mapping[str, Path]) -> dict[
     models = {"policy model": config.policy_model} | {
         f"reward model {name!r}": path for name, path in reward_models.items()
     }
+    for name, path in models.items():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"the {name} of this run is not there: {path} has no config.json. Run the stage"
+                " that makes it first (`rlhf sft`, `rlhf reward`), or name one that is there:"
+                " model=DIR with pretrain=null sft=null, or"
+                " 'reward.terms=[{name: quality, model: DIR}]'"
+            )
     return {name: _digest(path) for name, path in models.items()}
 
 

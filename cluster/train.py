@@ -2,7 +2,7 @@
 
 Ray actors generate with vLLM, scores are fetched while later completions are still being written,
 the learners take a synchronised PPO step, and the new weights go back, verified, before the next
-prompt is answered.
+prompt is answered (with ``ppo.max_staleness`` 1, before the one after that).
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ def test_models_by_name(tmp_path: Path) -> None:
 
 STARTED_BY_US = """
 import os
+import psutil
 from pathlib import Path
 from cluster.config import RunConfig
 from cluster.resources import ray_session
@@ -117,11 +118,15 @@ with ray_session(RunConfig(run_dir=Path("x"))) as started:
     assert started
     assert get_authentication_mode() == AuthenticationMode.TOKEN
     assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    ray = [p for p in psutil.Process().children() if "raylet" in p.name() or "gcs" in p.name()]
+    assert len(ray) == 2, ray
+    assert os.getpgid(0) not in {os.getpgid(p.pid) for p in ray}
 """
 
 
 def test_a_cluster_that_we_start_wants_a_token(tmp_path: Path) -> None:
-    """In a process of its own, as the mode is one of the whole process; there is no home there."""
+    """In a process of its own, as the mode is one of the whole process; there is no home there.
+    And a signal to that process's group reaches nothing of Ray's."""
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
     environment = {k: v for k, v in os.environ.items() if k not in names}
     done = subprocess.run(
