@@ -112,19 +112,34 @@ def draw_unknown(
 
 
 def reward_terms(frame: pd.DataFrame) -> list[Panel]:
-    """A panel with the terms of a composed reward; none when there is one term only."""
+    """The terms of a composed reward, where there are several, and how far the scores of each
+    reward model have moved, where that is known."""
     statistics = {"reward/mean", "reward/std", "reward/min", "reward/max"}
-    terms = [str(n) for n in frame.columns if str(n).startswith("reward/") and n not in statistics]
-    if len(terms) < 2:
-        return []
-    lines = tuple((name.removeprefix("reward/"), (name,)) for name in terms[: len(SERIES)])
-    return [
-        Panel(
-            title="Terms of the reward",
-            explain="Mean of each term, before its weight. One that climbs alone is being gamed.",
-            lines=lines,
+    names = [str(n) for n in frame.columns if str(n).startswith("reward/") and n not in statistics]
+    drifts = [name for name in names if name.endswith("_drift")]
+    terms = [name for name in names if name not in drifts]
+    panels = []
+    if len(terms) > 1:
+        panels.append(
+            Panel(
+                title="Terms of the reward",
+                explain="Mean of each term, before its weight. One that climbs alone is being"
+                " gamed.",
+                lines=tuple((n.removeprefix("reward/"), (n,)) for n in terms[: len(SERIES)]),
+            )
         )
-    ]
+    if drifts:
+        known = [(n.removeprefix("reward/").removesuffix("_drift"), (n,)) for n in drifts]
+        panels.append(
+            Panel(
+                title="Drift of the score",
+                explain="How far a reward model's scores have moved from those of the texts on"
+                " which it was normalised, in their standard deviations. The further, the less"
+                " they are worth.",
+                lines=tuple(known[: len(SERIES)]) if len(known) > 1 else (("", known[0][1]),),
+            )
+        )
+    return panels
 
 
 def draw_phases(frame: pd.DataFrame, *, x_label: str) -> Chart | None:

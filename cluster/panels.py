@@ -50,12 +50,6 @@ LEARNED: tuple[Panel, ...] = (
         lines=(("", ("measured/true_quality", "measured/quality")),),
     ),
     Panel(
-        title="Drift of the score",
-        explain="How far the reward model's scores have moved from those of the texts on which it"
-        " was normalised, in their standard deviations. The further, the less they are worth.",
-        lines=(("", ("reward/reward_model_drift",)),),
-    ),
-    Panel(
         title="KL to the reference",
         explain="How far the policy has moved from the model it started as, per response.",
         lines=(("", ("ppo/kl_sequence",)),),

@@ -85,6 +85,8 @@ def test_unknown_metrics_are_shown_too() -> None:
 def test_terms_of_a_composed_reward_share_a_chart() -> None:
     one = frame(reward__mean=[1.0], reward__model=[1.0])
     assert reward_terms(one) == []
+    (drift,) = reward_terms(one.assign(**{"reward/quality_drift": [0.5]}))
+    assert (drift.title, drift.lines) == ("Drift of the score", (("", ("reward/quality_drift",)),))
     (panel,) = reward_terms(one.assign(**{"reward/length": [2.0]}))
     assert panel.lines == (("model", ("reward/model",)), ("length", ("reward/length",)))
 
