@@ -132,8 +132,9 @@ class StepSource:
             return
         if number >= self._config.steps:
             yield
-            with step.timed("generate"):  # for nothing: each step has the same phases
-                return
+            with step.timed("generate"):
+                pass  # there is nothing to wait for, but each step has the same phases
+            return
         ahead = self._begin(number)
         made = self._thread.submit(
             self._generate, ahead, number, step.clock, self._cancelled.is_set

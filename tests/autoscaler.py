@@ -29,6 +29,7 @@ import ray
 from actors.worker import State
 from cluster.resources import wait_for_room
 from tests.elastic import CONFIG, DEADLINE_S, Place
+from tests.marked import marked
 
 MARK = "RLHF_AUTOSCALER_TEST"
 """In the environment of every process of the cluster."""
@@ -97,11 +98,10 @@ def autoscaling_config(address: str) -> dict[str, object]:
 def end_marked(mark: str) -> None:
     """End every process that the cluster has started, and nobody else's."""
     found: set[psutil.Process] = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            if process.environ().get(MARK) == mark:
-                # Some of Ray's own lose their environment when they take a title.
-                found |= {process, *process.children(recursive=True)}
+    for process in marked(MARK, mark):
+        with suppress(psutil.NoSuchProcess):
+            # Some of Ray's own lose their environment when they take a title.
+            found |= {process, *process.children(recursive=True)}
     for number in (signal.SIGTERM, signal.SIGKILL):
         for process in found:
             with suppress(psutil.NoSuchProcess):

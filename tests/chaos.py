@@ -25,6 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from ray.cluster_utils import Cluster
 
 from tests.elastic import NOTICE, add_node
 from tests.kill_and_resume import ROOT, Place
+from tests.marked import marked
 from tests.same_run import differences
 
 MARK = "RLHF_CHAOS"
@@ -220,14 +222,10 @@ class Disturbed:
 
 def processes(title: str = "") -> Iterator[psutil.Process]:
     """Living processes of this cluster whose command line has ``title``, oldest first."""
-    for process in psutil.process_iter():
-        try:
-            ours = process.environ().get(MARK) == os.environ[MARK]
-            alive = process.pid != os.getpid() and process.status() != "zombie"
-            if ours and alive and re.search(title, " ".join(process.cmdline())):
+    for process in marked(MARK, os.environ[MARK]):
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            if process.pid != os.getpid() and re.search(title, " ".join(process.cmdline())):
                 yield process
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
 
 
 def wrong_accounts(steps: list[dict[str, Any]], count: int) -> list[str]:

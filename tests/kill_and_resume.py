@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from tests.conftest import make_llama
+from tests.marked import marked
 from tests.reward_service.conftest import write_reward_model
 from tests.same_run import differences, write_config
 
@@ -100,12 +101,7 @@ class Run:
 
     def processes(self) -> Iterator[psutil.Process]:
         """Every living process that this run has started."""
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != "zombie":
-                    yield process
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
+        return marked(MARK, self.mark)
 
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]

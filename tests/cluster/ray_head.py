@@ -20,6 +20,8 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.marked import marked
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 MARK = "RLHF_TEST_HEAD"
@@ -162,14 +164,7 @@ def _is_ready(head: Head, process: subprocess.Popen[bytes]) -> bool:
 
 def processes(mark: str) -> list[psutil.Process]:
     """Every living process that this head, or a job on it, has started."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark and process.status() != "zombie":
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            continue
-    return found
+    return list(marked(MARK, mark))
 
 
 def _end(process: subprocess.Popen[bytes], mark: str) -> None:
