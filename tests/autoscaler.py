@@ -29,7 +29,7 @@ import ray
 from actors.worker import State
 from cluster.resources import wait_for_room
 from tests.elastic import CONFIG, DEADLINE_S, Place
-from tests.marked import marked
+from tests.processes import marked
 
 MARK = "RLHF_AUTOSCALER_TEST"
 """In the environment of every process of the cluster."""

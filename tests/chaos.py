@@ -25,7 +25,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from ray.cluster_utils import Cluster
 
 from tests.elastic import NOTICE, add_node
 from tests.kill_and_resume import ROOT, Place
-from tests.marked import marked
+from tests.processes import marked, title
 from tests.same_run import differences
 
 MARK = "RLHF_CHAOS"
@@ -205,27 +204,26 @@ class Disturbed:
                 self.kills.append(Kill(what, at, step, losses, restarts))
                 return
 
-    def _end(self, title: str, count: int) -> bool:
-        found = list(processes(title))
+    def _end(self, pattern: str, count: int) -> bool:
+        found = list(processes(pattern))
         for process in self._rng.sample(found, min(count, len(found))):
             process.kill()
         return bool(found)
 
-    def _end_node(self, title: str) -> bool:
+    def _end_node(self, pattern: str) -> bool:
         if len(self._nodes.cluster.worker_nodes) < 3:
             return False  # one is away already
-        homes = [node for p in processes(title) if (node := self._nodes.of(p)) is not None]
+        homes = [node for p in processes(pattern) if (node := self._nodes.of(p)) is not None]
         if homes:
             self._nodes.kill(self._rng.choice(homes))
         return bool(homes)
 
 
-def processes(title: str = "") -> Iterator[psutil.Process]:
-    """Living processes of this cluster whose command line has ``title``, oldest first."""
+def processes(pattern: str = "") -> Iterator[psutil.Process]:
+    """Living processes of this cluster with such a title, oldest first."""
     for process in marked(MARK, os.environ[MARK]):
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-            if process.pid != os.getpid() and re.search(title, " ".join(process.cmdline())):
-                yield process
+        if process.pid != os.getpid() and re.search(pattern, title(process)):
+            yield process
 
 
 def wrong_accounts(steps: list[dict[str, Any]], count: int) -> list[str]:
@@ -257,7 +255,7 @@ def left_processes() -> list[str]:
     deadline = time.monotonic() + GONE_S
     while (left := list(processes())) and time.monotonic() < deadline:
         time.sleep(0.5)
-    return [process.name() for process in left]
+    return [title(process) for process in left]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from tests.conftest import make_llama
-from tests.marked import marked
+from tests.processes import marked, title
 from tests.reward_service.conftest import write_reward_model
 from tests.same_run import differences, write_config
 
@@ -97,7 +97,7 @@ class Run:
         deadline = time.monotonic() + GONE_S
         while (left := list(self.processes())) and time.monotonic() < deadline:
             time.sleep(0.2)
-        return [process.name() for process in left]
+        return [title(process) for process in left]
 
     def processes(self) -> Iterator[psutil.Process]:
         """Every living process that this run has started."""

@@ -16,6 +16,7 @@ from cluster.health import find
 from cluster.metrics import RESERVED
 from cluster.pipeline import Pipeline
 from cluster.presets import quickstart_config
+from tests.processes import title
 
 TINY = [
     "data.newswire.articles=160",
@@ -44,13 +45,11 @@ TINY = [
 def run_dir(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("pipeline") / "run"
     config = override_config(quickstart_config(run_dir=directory), TINY, "test")
-    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    before = set(psutil.Process().children(recursive=True))
     Pipeline(config, resume=False, overwrite=False).run()
-    left = [
-        p.name()
-        for p in psutil.Process().children(recursive=True)
-        if p.pid not in before and "ray::" in " ".join(p.cmdline()) and "IDLE" not in p.name()
-    ]
+    started = [p for p in psutil.Process().children(recursive=True) if p not in before]
+    actors = [p for p in started if "ray::" in title(p) and "IDLE" not in title(p)]
+    _, left = psutil.wait_procs(actors, timeout=10)  # the last of them may be just ending
     assert left == [], "the pipeline left actors behind"
     return directory
 

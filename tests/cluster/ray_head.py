@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.marked import marked
+from tests.processes import marked
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

@@ -14,6 +14,7 @@ import random
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,9 +38,18 @@ class LoadReport:
     """Answers whose scores are of several versions."""
     refused: dict[str, int] = field(default_factory=dict)
     """Tries that had to be repeated, by status or error."""
-    versions: set[str] = field(default_factory=set)
+    versions: Counter[str] = field(default_factory=Counter)
+    """Answers of each version."""
     most_in_flight: int = 0
     seconds: float = 0.0
+
+    def wait_for_an_answer_of(self, version: str, timeout_s: float = 120.0) -> None:
+        """Until another answer of that version has come: a reload is seen to serve, under load."""
+        before, deadline = self.versions[version], time.monotonic() + timeout_s
+        while self.versions[version] == before:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no answer of version {version} in {timeout_s:g} s: {self}")
+            time.sleep(0.01)
 
 
 def kill_one(deployment: str) -> None:
@@ -62,10 +72,12 @@ def run_load(
     *,
     requests: int,
     at_once: int,
-    disturb: Callable[[], None],
+    disturb: Callable[[LoadReport], None],
     timeout_s: float = 300.0,
 ) -> LoadReport:
     """Send requests, ``at_once`` of them in flight, and call ``disturb`` amid them.
+
+    ``disturb`` gets the report as it grows.
 
     Every request carries a key and is tried again until it is answered, as a good client does.
     ``expected`` has the right scores of ``ITEMS`` for each version.
@@ -75,7 +87,7 @@ def run_load(
 
     def run_disturbance() -> None:
         try:
-            disturb()
+            disturb(report)
         except BaseException as error:  # raised again in the caller's thread
             raised.append(error)
 
@@ -120,7 +132,7 @@ async def _load(
                 report.most_in_flight = max(report.most_in_flight, in_flight)
                 await _one(report, client, url, model, expected, number)
                 in_flight -= 1
-                if report.answered == at_once // 2:
+                if report.answered >= at_once // 2 and disturbance.ident is None:
                     disturbance.start()
 
         await asyncio.wait_for(asyncio.gather(*(worker() for _ in range(at_once))), timeout_s)
@@ -167,7 +179,7 @@ def _check(
     count: int,
 ) -> None:
     report.answered += 1
-    report.versions.add(answer["version"])
+    report.versions[answer["version"]] += 1
     scores = tuple(row["score"] for row in answer["data"])
     if scores == expected[answer["version"]][start : start + count]:
         return
@@ -213,11 +225,11 @@ def main() -> None:
         )  # fmt: skip
         with RewardService.start(config, {"quality": Path(place) / "one"}) as service:
 
-            def disturb() -> None:
+            def disturb(report: LoadReport) -> None:
                 for directory, victim in (("two", "model-quality"), ("one", "Ingress"),
                                           ("two", "model-quality")):  # fmt: skip
-                    service.reload("quality", Path(place) / directory)
-                    time.sleep(2)
+                    status = service.reload("quality", Path(place) / directory)
+                    report.wait_for_an_answer_of(status.version)
                     kill_one(victim)
                     time.sleep(5)
 
@@ -227,7 +239,7 @@ def main() -> None:
             )  # fmt: skip
             statistics = service.statuses
         ray.shutdown()
-    print(json.dumps(asdict(report) | {"versions": sorted(report.versions)}, indent=1))
+    print(json.dumps(asdict(report), indent=1))
     assert statistics
     assert report.answered == report.requests
     assert report.wrong == report.mixed == 0

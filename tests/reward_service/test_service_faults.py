@@ -22,7 +22,7 @@ from reward_service.config import AutoscalingConfig, RewardServiceConfig
 from reward_service.model import RewardModel
 from reward_service.security import TOKEN_VARIABLE
 from reward_service.service import RewardService
-from tests.reward_service.fault_load import kill_one, run_load
+from tests.reward_service.fault_load import LoadReport, kill_one, run_load
 from tests.reward_service.test_service import ITEMS
 
 TOKEN = "a-token-of-some-length"
@@ -78,12 +78,12 @@ def put(service: RewardService, name: str, directory: str) -> httpx.Response:
     )
 
 
-def reload_surely(service: RewardService, directory: str) -> None:
-    """A reload changes nothing when it is asked for twice, so it may be tried again."""
+def reload_surely(service: RewardService, directory: str) -> str:
+    """The new version. A reload changes nothing when asked for twice, so it may be tried again."""
     for _ in range(60):
         answer = put(service, "quality", directory)
         if answer.status_code == 200:
-            return
+            return str(answer.json()["version"])
         assert answer.status_code >= 500, answer.text
         time.sleep(0.5)
     raise AssertionError(answer.text)
@@ -166,18 +166,18 @@ def test_every_request_is_answered_once_over_kills_and_reloads(
 ) -> None:
     """The small form of ``tests/reward_service/fault_load.py``: a hundred requests in flight."""
 
-    def disturb() -> None:
-        reload_surely(service, "two")
+    def disturb(report: LoadReport) -> None:
+        report.wait_for_an_answer_of(reload_surely(service, "two"))
         kill_one("model-quality")
-        reload_surely(service, "one")
+        report.wait_for_an_answer_of(reload_surely(service, "one"))
         kill_one("Ingress")
-        reload_surely(service, "two")
+        report.wait_for_an_answer_of(reload_surely(service, "two"))
 
     report = run_load(service.url, TOKEN, "quality", expected, requests=400, at_once=100,
                       disturb=disturb)  # fmt: skip
     assert report.answered == report.requests >= 400
     assert report.wrong == report.mixed == 0
-    assert report.versions == set(expected)
+    assert set(report.versions) == set(expected)
 
 
 def test_a_bad_reload_keeps_the_old_model_and_says_why(service: RewardService, root: Path) -> None:
