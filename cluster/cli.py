@@ -14,7 +14,7 @@ from cluster.cli_feedback import feedback
 from cluster.cli_machine import bench, doctor
 from cluster.cli_observe import status, timeline
 from cluster.cli_plan import plan
-from cluster.cli_serve import serve
+from cluster.cli_serve import adopt, serve
 
 if TYPE_CHECKING:
     from cluster.pipeline import Pipeline
@@ -401,6 +401,7 @@ def generate(**options: Any) -> None:
     generate_texts(**options)
 
 
+main.add_command(adopt)
 main.add_command(serve)
 
 

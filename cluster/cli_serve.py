@@ -1,4 +1,4 @@
-"""``rlhf serve``: its options. Heavy imports wait until the arguments have been understood."""
+"""``rlhf serve`` and ``rlhf adopt``. Heavy imports wait until the arguments are understood."""
 
 from __future__ import annotations
 
@@ -110,3 +110,56 @@ def serve(
         models_root=models_root,
     )
     serve_until_stopped(models, service)
+
+
+@click.command("adopt")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The reward-model directory to write.",
+)
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Rows of `prompt` and `response` (JSONL, Parquet, CSV) whose scores shall have mean 0 and "
+    "standard deviation 1. Default: scores are what the model says.",
+)
+@click.option(
+    "--append-eos",
+    is_flag=True,
+    help="The model reads its score at an EOS after the text (OpenRLHF's do), not where the chat "
+    "template ends.",
+)
+def adopt(model: str, output: Path, reference: Path | None, append_eos: bool) -> None:
+    """Make a finished reward model from elsewhere ready for `rlhf serve` and PPO.
+
+    MODEL is a Hugging Face directory or hub name of a scalar-head decoder: a
+    ...ForSequenceClassification with one output, in safetensors. It is copied, with its tokenizer
+    and a file that says how its scores are read and scaled.
+
+    \b
+    rlhf adopt owner/reward-model --output models/quality
+    rlhf adopt ./reward-model --output models/quality --reference sft.jsonl
+    rlhf serve --model quality=models/quality
+    """
+    import torch
+
+    from actors.config import DataConfig
+    from actors.datasets import load_demonstrations
+    from cluster.adopt import adopt_reward_model
+    from cluster.hub import local_model
+
+    head = adopt_reward_model(
+        local_model(model),
+        output,
+        reference=[] if reference is None else load_demonstrations(str(reference), DataConfig()),
+        append_eos=append_eos,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        name=model,
+    )
+    scale = f"score = {head.gain:.4g} x output {head.bias:+.4g}" if reference else "scores as given"
+    click.echo(f"{output}: {scale}, read at {'EOS' if append_eos else 'the end of the text'}")

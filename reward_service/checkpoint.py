@@ -16,6 +16,17 @@ def check_files(path: Path) -> RewardHead:
         FileNotFoundError: The directory, its configuration, weights or head are missing.
         ValueError: Another kind of model, or a damaged configuration or head.
     """
+    check_network_files(path)
+    return RewardHead.load(path)
+
+
+def check_network_files(path: Path) -> None:
+    """That a directory looks like a scalar-head model, ours or not.
+
+    Raises:
+        FileNotFoundError: The directory, its configuration or weights are missing.
+        ValueError: Another kind of model, or a damaged configuration.
+    """
     if not path.is_dir():
         raise FileNotFoundError(f"reward model {path} is not a directory: check the path")
     config_file = path / "config.json"
@@ -36,7 +47,6 @@ def check_files(path: Path) -> RewardHead:
             f"{path} has no .safetensors weights; other formats are not loaded because they can "
             "run code: save it again with save_pretrained"
         )
-    return RewardHead.load(path)
 
 
 def content_version(path: Path) -> str:

@@ -36,7 +36,9 @@ class RewardHead(BaseModel):
     bias: float
     activation: Literal["identity", "sigmoid"] = "identity"
     fingerprint: str = Field(min_length=1, description="of tokenizer and chat template")
-    eos_appended: Literal[True] = True
+    eos_appended: bool = Field(
+        True, description="the score is read at one EOS after the text, not at its last token"
+    )
     base: str = Field("", description="the model that training started from")
     info: dict[str, Any] = Field(default_factory=dict, description="accuracy and the like")
 
@@ -58,7 +60,7 @@ class RewardHead(BaseModel):
         if not path.is_file():
             raise FileNotFoundError(
                 f"{directory} has no {HEAD_FILE}, so it is not a reward model of ours: "
-                "train one with 'rlhf reward'"
+                "train one with 'rlhf reward', or make one of a finished model with 'rlhf adopt'"
             )
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -104,19 +106,21 @@ def encode_text(
     messages: Sequence[Message],
     response: str,
     *,
+    append_eos: bool = True,
     max_tokens: int | None = None,
     truncation: Truncation = "error",
 ) -> Encoded:
-    """Token ids of a prompt with its response; the last id is always EOS.
+    """Token ids of a prompt with its response, at the last of which the score is read.
 
-    The score is read at that last token, so there is exactly one EOS at the end whether or not
-    the sampled response had ended by itself.
+    That is exactly one EOS, whether or not the sampled response had ended by itself.
 
     Args:
         tokenizer: A Hugging Face tokenizer with an EOS token.
         prompt: The prompt's text; ignored when ``messages`` is not empty.
         messages: The dialogue before the response, or empty for plain text.
         response: The response's text without special tokens.
+        append_eos: ``False`` for models whose score is read where the text, or the chat template,
+            ends: nothing is added and nothing dropped.
         max_tokens: The model's context; ``None`` for no limit.
         truncation: What happens beyond ``max_tokens``: ``"error"``, or ``"left"``, which drops
             the oldest tokens and keeps a leading BOS.
@@ -129,7 +133,7 @@ def encode_text(
         ValueError: No EOS token, no chat template for a dialogue or one that refuses it, too
             many tokens, or text that is not valid Unicode.
     """
-    eos = _eos(tokenizer)
+    eos = _eos(tokenizer) if append_eos else None
     if messages:
         text = _render_dialogue(tokenizer, messages, response)
         begins = text.rfind(response.strip())
@@ -137,7 +141,7 @@ def encode_text(
         text, begins = prompt + response, len(prompt)
     # Rendered dialogues often have a line break after the end-of-turn token; the score is read
     # at EOS.
-    if text.rstrip().endswith(eos):
+    if eos is not None and text.rstrip().endswith(eos):
         text = text.rstrip()
     # A template writes BOS itself where the model wants one; so does a client that renders one.
     bos = tokenizer.bos_token
@@ -149,7 +153,7 @@ def encode_text(
     start = None
     if tokenizer.is_fast and begins >= 0:  # a template may rewrite what it is given
         start = _first_token_after(tokens["offset_mapping"], begins)
-    return _finished(tokenizer, ids, start, max_tokens, truncation)
+    return _finished(tokenizer, ids, start, append_eos, max_tokens, truncation)
 
 
 def encode_ids(
@@ -158,15 +162,18 @@ def encode_ids(
     response_ids: Sequence[int],
     *,
     vocabulary: int,
+    append_eos: bool = True,
     max_tokens: int | None = None,
     truncation: Truncation = "error",
 ) -> Encoded:
-    """Ids of the reward model's own tokenizer as its input: as given, with one EOS at the end.
+    """Ids of the reward model's own tokenizer as its input: as given, with one EOS at the end
+    if ``append_eos``.
 
     Raises:
         ValueError: An id that is not in the vocabulary, or too many of them.
     """
-    _eos(tokenizer)
+    if append_eos:
+        _eos(tokenizer)
     ids = [*prompt_ids, *response_ids]
     for position, token in enumerate(ids):
         if not 0 <= token < vocabulary:
@@ -174,7 +181,7 @@ def encode_ids(
                 f"token id {token} at position {position} is not in the reward model's vocabulary "
                 f"of {vocabulary}: send ids of its own tokenizer, or text"
             )
-    return _finished(tokenizer, ids, len(prompt_ids), max_tokens, truncation)
+    return _finished(tokenizer, ids, len(prompt_ids), append_eos, max_tokens, truncation)
 
 
 def _eos(tokenizer: Any) -> str:
@@ -191,14 +198,18 @@ def _finished(
     tokenizer: Any,
     ids: list[int],
     response_start: int | None,
+    append_eos: bool,
     max_tokens: int | None,
     truncation: Truncation,
 ) -> Encoded:
-    """One EOS at the end, and within the context."""
-    eos_id: int = tokenizer.eos_token_id
-    while ids and ids[-1] == eos_id:
-        ids.pop()
-    ids.append(eos_id)
+    """One EOS at the end if it is wanted, and within the context."""
+    if append_eos:
+        eos_id: int = tokenizer.eos_token_id
+        while ids and ids[-1] == eos_id:
+            ids.pop()
+        ids.append(eos_id)
+    elif not ids:
+        raise ValueError("there is nothing to score: the text has no tokens")
     start = None if response_start is None else min(response_start, len(ids) - 1)
     if max_tokens is None or len(ids) <= max_tokens:
         return Encoded(ids=ids, response_start=start)

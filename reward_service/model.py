@@ -89,7 +89,7 @@ class RewardModel:
         """
         path = Path(directory)
         head = check_files(path)
-        tokenizer = _load_tokenizer(path)
+        tokenizer = load_tokenizer(path)
         fingerprint = template_fingerprint(tokenizer)
         if fingerprint != head.fingerprint:
             raise ValueError(
@@ -162,6 +162,7 @@ class RewardModel:
                 item.ids.prompt,
                 item.ids.response,
                 vocabulary=self.vocabulary,
+                append_eos=self.head.eos_appended,
                 max_tokens=limit,
                 truncation=truncation,
             )
@@ -170,6 +171,7 @@ class RewardModel:
             item.prompt,
             item.messages,
             item.response,
+            append_eos=self.head.eos_appended,
             max_tokens=limit,
             truncation=truncation,
         )
@@ -248,7 +250,8 @@ class RewardModel:
         ]
 
 
-def _load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a directory. Raises ValueError when there is none that can be loaded."""
     from transformers import AutoTokenizer
 
     try:

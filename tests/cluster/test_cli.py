@@ -15,7 +15,7 @@ from cluster.cli import main
 
 COMMANDS = [
     "quickstart", "run", "pretrain", "sft", "collect", "reward", "ppo", "evaluate",
-    "loop", "generate", "serve", "report", "status", "timeline", "doctor", "plan", "bench",
+    "loop", "generate", "adopt", "serve", "report", "status", "timeline", "doctor", "plan", "bench",
     "feedback",
 ]  # fmt: skip
 
