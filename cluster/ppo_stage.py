@@ -24,7 +24,7 @@ from cluster.health import Watch, is_coarse
 from cluster.live_metrics import LiveMetrics
 from cluster.metrics import MetricsWriter
 from cluster.recovery import Recovery
-from cluster.resume import as_json, check_inputs, differences, input_digests
+from cluster.resume import as_json, changed_results, check_inputs, differences, input_digests
 from cluster.session import Parts
 from cluster.stages import Workplace
 from cluster.step import Sample, Step, failure_row, probe_sequences, sample_row
@@ -238,7 +238,7 @@ def _train(
             scale = ScoreScale(**checkpoint.state["score_scale"])
             learners.restore(checkpoint.path)
             start = checkpoint.step
-            ahead = samples_ahead(checkpoint, config.ppo, prompts, work.reporter.warn)
+            ahead = samples_ahead(checkpoint, config, prompts, work.reporter.warn)
             rollouts.load(learners.export_weights(start, checkpoint.state["probe"]))
             work.reporter.say(f"going on after step {start}")
         writer = MetricsWriter(
@@ -323,7 +323,7 @@ def _last_checkpoint(
 
 def samples_ahead(
     checkpoint: Checkpoint,
-    config: PPOConfig,
+    config: RunConfig,
     prompts: Sequence[Prompt],
     warn: Callable[[str], None],
 ) -> Step | None:
@@ -332,17 +332,22 @@ def samples_ahead(
     ``None``, with a warning, where they are of no use or lacking though samples may be stale: they
     are generated anew then, by the weights of the checkpoint.
     """
+    ppo = config.ppo
+    assert ppo is not None
     path = checkpoint.path / AHEAD
     held = path.exists()
-    if not held and (not config.max_staleness or checkpoint.step >= config.steps):
+    if not held and (not ppo.max_staleness or checkpoint.step >= ppo.steps):
         return None
     try:
         if not held:
             raise ValueError("it has none")
-        if not config.max_staleness:
+        if not ppo.max_staleness:
             raise ValueError("ppo.max_staleness is 0 now")
+        # They were generated, scored and filtered as the settings were.
+        if changed := changed_results(checkpoint, config):
+            raise ValueError(f"settings have changed: {', '.join(changed)}")
         step = read_step(path, prompts)
-        step.check_accounts(config.min_trained_share)
+        step.check_accounts(ppo.min_trained_share)
     except (ValueError, RuntimeError) as error:
         warn(
             f"the samples that were made ahead of step {checkpoint.step + 1} are not taken from the"

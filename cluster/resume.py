@@ -28,40 +28,38 @@ WITHOUT_EFFECT = (
     "ppo.checkpoint_every", "ppo.keep_*", "ppo.min_trained_share", "ppo.max_skipped_steps",
     "ppo.drift*",
     "rollout.*_timeout_s", "rollout.max_retries", "rollout.retry_pause_s",
-    "rollout.probe_tolerance", "rollout.num_*pus_per_actor", "rollout.resources_per_actor*",
+    "rollout.probe_tolerance", "rollout.num_cpus_per_actor", "rollout.resources_per_actor*",
     "rollout.engine.gpu_memory*", "learners.resources_per_learner*",
     "rollout.engine.weight_transfer", "learners.*timeout_s", "learners.max_restarts",
-    "learners.num_*pus_per_learner",
-    "reward.retry.*", "reward.service.host", "reward.service.port", "reward.service.num_*",
+    "learners.num_cpus_per_learner",
+    "reward.retry.*", "reward.service.host", "reward.service.port",
+    "reward.service.num_replicas", "reward.service.num_cpus_per_replica",
     "reward.service.resources_per_replica*",
     "reward.service.batch_wait_s", "reward.service.max_*", "reward.service.*timeout_s",
 )  # fmt: skip
 """Settings of which the result of PPO does not depend on a single bit."""
 
 ROUNDING_ONLY = (
-    "rollout.*_actors", "rollout.engine.dtype", "rollout.engine.max_num_seqs",
-    "rollout.engine.threads", "rollout.engine.kv_cache_gib", "rollout.engine.enforce_eager",
+    "rollout.*_actors", "rollout.num_gpus_per_actor",
+    "rollout.engine.dtype", "rollout.engine.max_num_seqs", "rollout.engine.threads",
+    "rollout.engine.kv_cache_gib", "rollout.engine.enforce_eager",
     "rollout.engine.tensor_parallel_size", "learners.*", "ppo.tokens_per_micro_batch",
     "reward.service.*",
 )  # fmt: skip
-"""Settings that change the order in which numbers are added up, and nothing else."""
+"""Settings that change the device, or the order in which numbers are added up, and nothing else."""
 
 
 def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
     """Sentences about settings and packages that keep the bits from being the same.
 
-    More ``ppo.steps`` are no difference where the learning rates are constant and samples are not
-    stale. Where rates decay, they decay towards the new end from here on.
+    More ``ppo.steps`` are no difference where the learning rates are constant, unless samples may
+    be stale and the run had come to its end. Where rates decay, they decay towards the new end
+    from here on.
     """
-    old, new = dict(_flat(checkpoint.config)), dict(_flat(as_json(config)))
-    changed = {
-        key: f"{key} {old.get(key, 'unset')!r} -> {new.get(key, 'unset')!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _matches(key, WITHOUT_EFFECT)
-    }
+    changed = _changed(checkpoint, config)
     steps = changed.pop("ppo.steps", None)
+    others = changed_results(checkpoint, config)
     rounding = [text for key, text in changed.items() if _matches(key, ROUNDING_ONLY)]
-    others = [text for key, text in changed.items() if not _matches(key, ROUNDING_ONLY)]
     packages = [
         f"{name} {checkpoint.versions.get(name)} -> {version}"
         for name, version in package_versions().items()
@@ -72,13 +70,37 @@ def differences(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
         found.append(f"settings that change the result have changed: {', '.join(others)}")
     if steps and not _constant(config):
         found.append(f"the learning rates now decay towards another last step: {steps}")
-    elif steps and config.ppo is not None and config.ppo.max_staleness:
+    elif steps and _ended_without_more(checkpoint, config):
         found.append(f"nothing was generated ahead of what was the last step: {steps}")
     if rounding:
         found.append(f"settings that change how numbers are rounded: {', '.join(rounding)}")
     if packages:
         found.append(f"packages that may round otherwise: {', '.join(packages)}")
     return found
+
+
+def changed_results(checkpoint: Checkpoint, config: RunConfig) -> list[str]:
+    """Settings, with both values, by which samples or what is learned from them are others now;
+    the number of steps apart."""
+    changed = _changed(checkpoint, config)
+    changed.pop("ppo.steps", None)
+    return [text for key, text in changed.items() if not _matches(key, ROUNDING_ONLY)]
+
+
+def _changed(checkpoint: Checkpoint, config: RunConfig) -> dict[str, str]:
+    old, new = dict(_flat(checkpoint.config)), dict(_flat(as_json(config)))
+    return {
+        key: f"{key} {old.get(key, 'unset')!r} -> {new.get(key, 'unset')!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _matches(key, WITHOUT_EFFECT)
+    }
+
+
+def _ended_without_more(checkpoint: Checkpoint, config: RunConfig) -> bool:
+    """Whether the samples of a next step would be there, had the run been meant to have one."""
+    assert config.ppo is not None
+    last = checkpoint.config["ppo"]["steps"]
+    return bool(config.ppo.max_staleness and last <= checkpoint.step < config.ppo.steps)
 
 
 def input_digests(config: RunConfig, reward_models: Mapping[str, Path]) -> dict[str, str]:

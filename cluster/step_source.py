@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from threading import Event
 from typing import Protocol, Self
 
@@ -169,7 +169,10 @@ class StepSource:
             scored = score_stream(
                 self._reward, answers, retry=self._retry, stop=stop, busy=clock.scored
             )
-            collect(step, scored, self._measure, stop)
+            # Closed whatever happens: an error that is kept for later keeps its frames, and in
+            # them the pool would be generating for ever.
+            with closing(answers), closing(scored):
+                collect(step, scored, self._measure, stop)
             if stop():
                 return
             if self._memory.scale is None:

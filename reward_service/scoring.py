@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from actors.trajectory import SampleFailure, Trajectory
@@ -39,7 +39,7 @@ def score_stream(
     retry: RetryConfig | None = None,
     stop: Callable[[], bool] = lambda: False,
     busy: Busy | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Score samples while later ones are still being generated.
 
     Consumes ``samples`` in the caller's thread and hands trajectories, ``batch`` at a time, to one

@@ -42,6 +42,8 @@ def checkpoint(config: RunConfig, **state: Any) -> Checkpoint:
         ("reward={terms: [{name: a, weight: 2, function: 'm:f'}]}", "reward.terms.0.weight 1.0 ->"),
         ("rollout.engine.max_model_len=64", "rollout.engine.max_model_len None -> 64"),
         ("learners.num_learners=2", "how numbers are rounded: learners.num_learners 1 -> 2"),
+        ("learners.num_gpus_per_learner=1", "learners.num_gpus_per_learner 0.0 -> 1.0"),
+        ("reward.service.num_gpus_per_replica=1", "how numbers are rounded: reward.service.num_gp"),
         ("rollout.num_actors=2", "how numbers are rounded: rollout.num_actors 1 -> 2"),
         ("ppo.steps=99", "decay towards another last step: ppo.steps 50 -> 99"),
     ],
@@ -74,9 +76,12 @@ def test_more_steps_change_nothing_where_learning_rates_are_constant() -> None:
     constant = {"schedule": "constant"}
     config = configured(policy=constant, critic=constant)
     assert differences(checkpoint(config), override_config(config, ["ppo.steps=99"], "t")) == []
-    ahead = configured(policy=constant, critic=constant, max_staleness=1)
-    (found,) = differences(checkpoint(ahead), override_config(ahead, ["ppo.steps=99"], "t"))
-    assert found == "nothing was generated ahead of what was the last step: ppo.steps 50 -> 99"
+    ahead = configured(policy=constant, critic=constant, max_staleness=1)  # at step 10 of 50
+    assert differences(checkpoint(ahead), override_config(ahead, ["ppo.steps=99"], "t")) == []
+    assert differences(checkpoint(ahead), override_config(ahead, ["ppo.steps=20"], "t")) == []
+    ended = configured(policy=constant, critic=constant, max_staleness=1, steps=10)
+    (found,) = differences(checkpoint(ended), override_config(ended, ["ppo.steps=99"], "t"))
+    assert found == "nothing was generated ahead of what was the last step: ppo.steps 10 -> 99"
 
 
 def test_other_packages_are_said() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from actors.trajectory import Prompt, SampleFailure, Trajectory
 from cluster.checkpoint import Checkpoint
+from cluster.config import RunConfig
 from cluster.ppo_stage import samples_ahead
+from cluster.resume import as_json
 from cluster.step import Sample, Step
 from cluster.step_file import read_step, write_step
 from learner.batch import ScoreScale, build_batch
@@ -109,41 +112,44 @@ def test_prompts_that_are_gone_or_changed_are_named(tmp_path: Path) -> None:
         read_step(tmp_path / "ahead.json", [other, *PROMPTS[1:]])
 
 
-def at_step(path: Path, step: int) -> Checkpoint:
-    return Checkpoint(path=path, step=step, state={}, config={}, versions={})
+def configured(**ppo: Any) -> RunConfig:
+    return RunConfig.model_validate({"run_dir": "runs/x", "model": "m", "ppo": {"steps": 9} | ppo})
+
+
+def at_step(path: Path, step: int, config: RunConfig) -> Checkpoint:
+    return Checkpoint(path=path, step=step, state={}, config=as_json(config), versions={})
 
 
 def test_samples_of_a_checkpoint_are_taken_where_they_are_of_use(tmp_path: Path) -> None:
     """Otherwise the step is generated anew, which is said, as the bits are others then."""
     told: list[str] = []
-    ahead = PPOConfig(steps=9, max_staleness=1, min_trained_share=0.5)
-    checkpoint = at_step(tmp_path, 4)
-    assert samples_ahead(checkpoint, PPOConfig(steps=9), PROMPTS, told.append) is None
-    assert samples_ahead(at_step(tmp_path, 9), ahead, PROMPTS, told.append) is None
+    fresh, ahead = configured(), configured(max_staleness=1)
+    assert samples_ahead(at_step(tmp_path, 4, fresh), fresh, PROMPTS, told.append) is None
+    assert samples_ahead(at_step(tmp_path, 9, ahead), ahead, PROMPTS, told.append) is None
     assert told == [], "there were none to be expected"
+    checkpoint = at_step(tmp_path, 4, ahead)
     assert samples_ahead(checkpoint, ahead, PROMPTS, told.append) is None
     write_step(tmp_path / "ahead.json", make_step())
-    found = samples_ahead(checkpoint, ahead, PROMPTS, told.append)
-    assert found is not None
-    assert len(found.scored) == 4
+    longer = configured(max_staleness=1, steps=99, checkpoint_every=3)
+    for unchanged in (ahead, longer):
+        found = samples_ahead(checkpoint, unchanged, PROMPTS, told.append)
+        assert found is not None
+        assert len(found.scored) == 4
     assert len(told) == 1
     for config, prompts in (
-        (PPOConfig(steps=9), PROMPTS),
+        (fresh, PROMPTS),
+        (configured(max_staleness=1, truncated="filter"), PROMPTS),
         (ahead, PROMPTS[1:]),
-        (ahead.model_copy(update={"min_trained_share": 0.9}), PROMPTS),
+        (configured(max_staleness=1, min_trained_share=0.9), PROMPTS),
     ):
         assert samples_ahead(checkpoint, config, prompts, told.append) is None
-    whys = ("it has none", "max_staleness is 0 now", "no such prompts any more: p0", "samples of")
+    whys = (
+        "it has none",
+        "max_staleness is 0 now",
+        "settings have changed: ppo.truncated 'score' -> 'filter'",
+        "no such prompts any more: p0",
+        "samples of",
+    )
     for sentence, why in zip(told, whys, strict=True):
         assert "made ahead of step 5 are not taken from the checkpoint" in sentence
         assert why in sentence
-
-
-def test_samples_of_other_weights_than_promised_are_refused() -> None:
-    step = make_step()  # made by version 4
-    assert step.staleness(4, most=0) == 0
-    assert step.staleness(5, most=1) == 1
-    with pytest.raises(RuntimeError, match=r"step 6 .* \[1\] updates behind .*max_staleness is 0"):
-        step.staleness(5, most=0)
-    with pytest.raises(RuntimeError, match=r"\[-1\] updates behind"):
-        step.staleness(3, most=1)

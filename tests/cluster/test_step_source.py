@@ -24,7 +24,9 @@ from learner.config import PPOConfig
 from learner.group import LearnersLost
 from reward_service.score import Score
 
-PROMPTS = [Prompt(prompt_id=f"p{i}", token_ids=np.array([3], np.int32), text="x") for i in range(8)]
+PROMPTS = [
+    Prompt(prompt_id=f"p{i}", token_ids=np.array([3], np.int32), text="x") for i in range(80)
+]
 
 
 class Pool:
@@ -33,43 +35,52 @@ class Pool:
     def __init__(self) -> None:
         self.before: Callable[[], None] = lambda: None
         self.rounds: list[int] = []
+        self.generating = False
 
     def generate(
         self, prompts: Sequence[Prompt], *_: Any, round_index: int, busy: Any, **__: Any
     ) -> Iterator[Trajectory]:
         self.rounds.append(round_index)
         began = time.monotonic()
-        for prompt in prompts:
-            self.before()
-            yield Trajectory(
-                prompt=prompt,
-                sample_index=0,
-                response_ids=np.array([5], np.int32),
-                response_logprobs=np.zeros(1, np.float32),
-                policy_versions=np.zeros(1, np.int32),
-                response_text="",
-                finish_reason="stop",
-                seed=0,
-            )
+        self.generating = True
+        try:
+            for prompt in prompts:
+                self.before()
+                yield Trajectory(
+                    prompt=prompt,
+                    sample_index=0,
+                    response_ids=np.array([5], np.int32),
+                    response_logprobs=np.zeros(1, np.float32),
+                    policy_versions=np.zeros(1, np.int32),
+                    response_text="",
+                    finish_reason="stop",
+                    seed=0,
+                )
+        finally:
+            self.generating = False
         busy("rollout-0", began, time.monotonic())
 
 
 class Ones:
+    def __init__(self) -> None:
+        self.before: Callable[[], None] = lambda: None
+
     def score(self, trajectories: Sequence[Trajectory]) -> list[Any]:
+        self.before()
         return [Score(sample_id=t.sample_id, value=1.0) for t in trajectories]
 
 
 class Parts:
-    def __init__(self, max_staleness: int) -> None:
-        self.pool = Pool()
+    def __init__(self, max_staleness: int, prompts_per_step: int = 4) -> None:
+        self.pool, self.reward = Pool(), Ones()
         self.lost = self.stopped = False
         self.memory = SimpleNamespace(scale=None, ahead=None)
         self.source = StepSource(
-            PPOConfig(steps=3, prompts_per_step=4, max_staleness=max_staleness),
+            PPOConfig(steps=3, prompts_per_step=prompts_per_step, max_staleness=max_staleness),
             SamplingConfig(),
-            prompts=PromptStream(PROMPTS, 4, seed=0),
+            prompts=PromptStream(PROMPTS, prompts_per_step, seed=0),
             rollouts=self.pool,  # type: ignore[arg-type]
-            reward=Ones(),
+            reward=self.reward,
             learners=SimpleNamespace(have_lost=lambda: self.lost),  # type: ignore[arg-type]
             memory=self.memory,
             seed=0,
@@ -146,6 +157,20 @@ def test_what_goes_wrong_ahead_is_raised_where_its_step_would_begin(
         parts.source.fill(step, 1)
     parts.stopped = True
     assert not parts.source.fill(step, 1)
+
+
+def test_a_reward_that_fails_ahead_leaves_a_pool_that_can_be_loaded() -> None:
+    """The weights of the step that is learned meanwhile are loaded into it after the block."""
+    parts = Parts(max_staleness=1, prompts_per_step=80)  # several batches of the reward
+    with parts.source:
+        step = parts.first()
+        parts.reward.before = lambda: fail(ValueError("HTTP 401"))
+        parts.pool.before = lambda: time.sleep(0.01)  # samples are under way when it fails
+        with parts.source.next_meanwhile(step, 1):
+            pass
+        assert not parts.pool.generating
+        with pytest.raises(ValueError, match="HTTP 401"):
+            parts.source.fill(parts.source.take(1), 1)
 
 
 def test_what_goes_wrong_in_the_block_ends_what_is_made_ahead(parts: Parts) -> None:
