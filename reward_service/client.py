@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from reward_service.config import WireFormat
 from reward_service.encoding import Truncation
 from reward_service.isolation import Isolation, KeepsFailing, Part, Refused, Unreadable
-from reward_service.score import ModelScores, RewardUnavailable, ScoreItem
+from reward_service.score import ModelScores, NotLoaded, RewardUnavailable, ScoreItem
 from reward_service.wire_clients import SPOKEN
 
 if TYPE_CHECKING:
@@ -105,7 +105,15 @@ class HandleScorer:
                         "cause, often too little memory"
                     ) from error
             except RayTaskError as error:
-                raise RuntimeError(f"reward model {self._model!r} failed: {error.cause}") from error
+                if not isinstance(error.cause, NotLoaded):
+                    raise RuntimeError(
+                        f"reward model {self._model!r} failed: {error.cause}"
+                    ) from error
+                lost += 1
+                if lost > self._max_retries:
+                    raise RewardUnavailable(
+                        f"reward model {self._model!r} is not loaded: {error.cause}"
+                    ) from error
             time.sleep(retry_pause(tries, deadline))
             tries += 1
             call = self._handle.score_batch.remote(list(chunk), truncation)
@@ -345,6 +353,7 @@ def _joined(answers: Sequence[ModelScores]) -> ModelScores:
         scores=tuple(s for answer in answers for s in answer.scores),
         tokens=tuple(t for answer in answers for t in answer.tokens),
         errors=tuple(e for answer in answers for e in answer.errors),
+        probability=first.probability,
     )
 
 

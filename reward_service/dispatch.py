@@ -22,7 +22,7 @@ from reward_service.config import RewardServiceConfig
 from reward_service.ensemble import combine_answers
 from reward_service.http_api import RequestError
 from reward_service.idempotency import KeyReusedError, OnceForEachKey
-from reward_service.score import ModelScores, ScoreCall
+from reward_service.score import ModelScores, NotLoaded, ScoreCall
 from reward_service.security import inside
 from reward_service.statistics import ModelStatus, merged_status
 
@@ -197,6 +197,7 @@ async def asked_again(
 ) -> ModelScores:
     """The answer to ``ask``, asked again when a process dies under it, until the deadline."""
     deadline = time.monotonic() + call.timeout_s
+    why = "has no live replica"
     for tries in range(max_retries + 1):
         try:
             return await asyncio.wait_for(ask(), max(0.0, deadline - time.monotonic()))
@@ -209,11 +210,13 @@ async def asked_again(
         except (RayActorError, DeploymentUnavailableError):
             await asyncio.sleep(retry_pause(tries, deadline))
         except RayTaskError as error:
+            if isinstance(error.cause, NotLoaded):
+                why = f"is not loaded ({error.cause})"
+                await asyncio.sleep(retry_pause(tries, deadline))
+                continue
             logger.exception("%s failed", what)
             raise RequestError(500, "model_failed", f"{what} failed") from error
-    raise RequestError(
-        503, "unavailable", f"{what} has no live replica: try again", retry_after_s=5
-    )
+    raise RequestError(503, "unavailable", f"{what} {why}: try again", retry_after_s=5)
 
 
 def _too_late(call: ScoreCall) -> RequestError:

@@ -58,6 +58,7 @@ def combine_answers(
         tokens=tuple(map(max, *(a.tokens for a in answers))),
         errors=tuple(errors),
         members={answer.model: answer.scores for answer in answers},
+        probability=all(answer.probability for answer in answers),
     )
 
 

@@ -214,6 +214,7 @@ class RewardModel:
             tokens=tuple(0 if i is None else len(i) for i in inputs),
             errors=tuple(checked_errors),
             per_token=tuple(rows) if wanted else (),
+            probability=self.head.activation == "sigmoid",
         )
 
     def values(self, inputs: Sequence[ModelInput]) -> list[Values]:

@@ -23,7 +23,7 @@ from ray.experimental import internal_kv
 from reward_service.batcher import TokenBudgetBatcher
 from reward_service.config import RewardServiceConfig
 from reward_service.encoding import Truncation
-from reward_service.score import ModelScores, ScoreItem
+from reward_service.score import ModelScores, NotLoaded, ScoreItem
 from reward_service.statistics import ModelStatus, VersionStatistics
 
 if TYPE_CHECKING:
@@ -98,12 +98,12 @@ class ModelReplica:
         """
         self._configured = str(user_config["directory"])
         target = await asyncio.to_thread(ReloadTarget.read, self._key)
-        directories = [self._configured]
+        wanted = [(self._configured, "")]
         if target is not None and target.configured == self._configured:
-            directories = [target.directory, self._configured]
-        for directory in directories:
+            wanted.insert(0, (target.directory, target.version))
+        for directory, version in wanted:
             try:
-                self._use(await self._load(directory))
+                self._use(await self._load(directory, version))
                 return
             except LOAD_ERRORS as error:
                 self._refuse(str(error))
@@ -114,7 +114,7 @@ class ModelReplica:
         """Score a list in order. An item that cannot be encoded never joins a batch."""
         loaded = self._loaded
         if loaded is None:
-            raise RuntimeError(self._error)
+            raise NotLoaded(self._error)
         model = loaded.model
         inputs, errors = await asyncio.to_thread(
             model.encode_all,
@@ -177,28 +177,39 @@ class ModelReplica:
         await asyncio.to_thread(target.write, self._key)
 
     async def check_health(self) -> None:
-        """Serve asks every few seconds; a replica that missed a reload notices here."""
+        """Serve asks every few seconds; a replica that missed a reload, or whose files could not
+        be read when it started, tries again here."""
+        if self._catching_up is not None and not self._catching_up.done():
+            return
+        if self._loaded is None and self._configured:
+            again = self.reconfigure({"directory": self._configured})
+            self._catching_up = asyncio.create_task(again)
+            return
         target = await asyncio.to_thread(ReloadTarget.read, self._key)
-        current = self._loaded.model.version if self._loaded else ""
         if (
             target is None
             or target.configured != self._configured
-            or target.version == current
+            or (self._loaded is not None and target.version == self._loaded.model.version)
             or target == self._refused_target
-            or (self._catching_up is not None and not self._catching_up.done())
         ):
             return
         self._catching_up = asyncio.create_task(self._catch_up(target))
 
     async def _catch_up(self, target: ReloadTarget) -> None:
         try:
-            self._use(await self._load(target.directory))
+            self._use(await self._load(target.directory, target.version))
         except LOAD_ERRORS as error:
             self._refused_target = target
             self._refuse(str(error))
 
-    async def _load(self, directory: str) -> _Loaded:
+    async def _load(self, directory: str, version: str = "") -> _Loaded:
+        """Raises one of ``LOAD_ERRORS``, also when it is not the version that was wanted."""
         model = await asyncio.to_thread(_load_model, self._name, directory, self._config)
+        if version and model.version != version:
+            raise ValueError(
+                f"{directory} was changed after it was loaded elsewhere: it is version "
+                f"{model.version} now, the other replicas serve {version}; load it again"
+            )
         batcher = TokenBudgetBatcher(
             model.values, token_budget=self._config.token_budget, wait_s=self._config.batch_wait_s
         )

@@ -54,6 +54,10 @@ class ItemIds:
     response: tuple[int, ...]
 
 
+class NotLoaded(RuntimeError):
+    """A replica has no model, as its files could not be read: another one may have it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreItem:
     """One text to score: a response after its prompt, or after a dialogue.
@@ -103,6 +107,7 @@ class ModelScores:
             (normalised as the score is) at each token of its response, EOS included: the score
             that the text would have if it were read there. The last one is the score. They are
             values of prefixes: rewards that sum to the score are their differences.
+        probability: Scores are probabilities already, as a classifier's are.
     """
 
     model: str
@@ -113,6 +118,7 @@ class ModelScores:
     errors: tuple[str | None, ...]
     per_token: tuple[tuple[float, ...] | None, ...] = ()
     members: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    probability: bool = False
 
     def __post_init__(self) -> None:
         if self.per_token and len(self.per_token) != len(self.scores):

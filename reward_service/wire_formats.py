@@ -268,13 +268,22 @@ def _pairs(
 
 
 def _activated(request: WireRequest, answer: ModelScores) -> list[float]:
-    return [_sigmoid(s) if request.sigmoid else s for s in _scores(answer)]
+    """Scores as probabilities, or as the logits of them, whichever was asked for."""
+    if request.sigmoid == answer.probability:
+        return _scores(answer)
+    return [_sigmoid(s) if request.sigmoid else _logit(s) for s in _scores(answer)]
 
 
 def _sigmoid(x: float) -> float:
     if x >= 0:
         return 1.0 / (1.0 + math.exp(-x))
     return math.exp(x) / (1.0 + math.exp(x))
+
+
+def _logit(p: float) -> float:
+    """Its inverse; finite where the probability was rounded to 0 or 1."""
+    p = min(max(p, 1e-300), 1.0 - 2.0**-53)
+    return math.log(p) - math.log1p(-p)
 
 
 def _vllm_list(kind: str, answer: ModelScores, now: int, data: list[Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from reward_service.dispatch import asked_again
 from reward_service.http_api import RequestError
 from reward_service.model import RewardModel
 from reward_service.replica import ModelReplica, ReloadTarget
-from reward_service.score import ModelScores, ScoreCall, ScoreItem
+from reward_service.score import ModelScores, NotLoaded, ScoreCall, ScoreItem
 
 ANSWER = ModelScores(
     model="m", version="v", fingerprint="f", scores=(1.0,), tokens=(1,), errors=(None,)
@@ -85,6 +85,17 @@ def test_a_model_that_fails_is_a_500() -> None:
     cause = RuntimeError("out of memory")
     _, ask = failing(RayTaskError("score_batch", "trace", cause))
     assert refused(ask) == (500, "model_failed", 0)
+
+
+def test_a_replica_without_a_model_is_like_one_that_is_lost() -> None:
+    cause = NotLoaded("no.safetensors cannot be read")
+    tries, ask = failing(*[RayTaskError("score_batch", "trace", cause)] * 2)
+    assert asked(ask) == ANSWER
+    assert len(tries) == 3
+    _, ask = failing(*[RayTaskError("score_batch", "trace", cause)] * 9)
+    with pytest.raises(RequestError, match="is not loaded") as raised:
+        asked(ask)
+    assert raised.value.status == 503
 
 
 def test_an_error_travels_between_processes() -> None:
@@ -156,13 +167,45 @@ def test_what_cannot_be_loaded_keeps_the_old(
     asyncio.run(run())
 
 
-def test_a_replica_that_never_loaded_says_so(store: Store, tmp_path: Path) -> None:
+def test_a_replica_that_never_loaded_says_so_and_tries_again(
+    store: Store, reward_dir: Path, tmp_path: Path
+) -> None:
     async def run() -> None:
         one = replica()
         await one.reconfigure({"directory": str(tmp_path / "nowhere")})
         assert "nowhere is not a directory" in ((await one.status()).error or "")
-        with pytest.raises(RuntimeError, match="nowhere is not a directory"):
+        with pytest.raises(NotLoaded, match="nowhere is not a directory"):
             await one.score_batch(ITEMS, "error")
+        shutil.copytree(reward_dir, tmp_path / "nowhere")  # the storage is back
+        for _ in range(100):
+            await one.check_health()
+            if (await one.status()).error is None:
+                break
+            await asyncio.sleep(0.05)
+        assert (await one.score_batch(ITEMS, "error")).scores[0] is not None
+
+    asyncio.run(run())
+
+
+def test_files_that_were_changed_in_place_are_not_served_for_another_version(
+    store: Store, reward_dir: Path, second_reward_dir: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(reward_dir, tmp_path / "place"))
+    version = RewardModel.load(place).version
+    store["d/m"] = ReloadTarget(
+        configured=str(second_reward_dir), directory=str(place), version=version
+    )
+    shutil.copytree(second_reward_dir, place, dirs_exist_ok=True)
+
+    async def run() -> None:
+        one = replica()
+        await one.reconfigure({"directory": str(second_reward_dir)})
+        for _ in range(3):
+            await one.check_health()
+            await asyncio.sleep(0.05)
+        status = await one.status()
+        assert status.version == RewardModel.load(second_reward_dir).version
+        assert "was changed after it was loaded elsewhere" in (status.reload_error or "")
 
     asyncio.run(run())
 

@@ -25,11 +25,12 @@ AS_JSON = {"Content-Type": "application/json"}
 
 
 class StubBackend:
-    """Scores with the number of characters; fails as it is told to."""
+    """Scores with the number of characters, or a classifier's one answer; fails as it is told."""
 
     model_names = ("first", "second")
 
-    def __init__(self) -> None:
+    def __init__(self, probability: float | None = None) -> None:
+        self.probability = probability
         self.error: RequestError | None = None
         self.load_error: str | None = None
         self.reload_error: str | None = None
@@ -40,6 +41,8 @@ class StubBackend:
             raise self.error
         self.call = call
         scores = [None if "bad" in i.response else length(i) for i in call.items]
+        if self.probability is not None:
+            scores = [self.probability for _ in call.items]
         return ModelScores(
             model=call.model,
             version="v1",
@@ -47,6 +50,7 @@ class StubBackend:
             scores=tuple(scores),
             tokens=tuple(int(length(i)) for i in call.items),
             errors=tuple("too long" if s is None else None for s in scores),
+            probability=self.probability is not None,
             per_token=tuple(None if s is None else (0.5, s) for s in scores)
             if call.per_token
             else (),

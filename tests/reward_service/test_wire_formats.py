@@ -170,6 +170,21 @@ def test_golden(name: str) -> None:
     assert answer.headers["X-Reward-Model-Version"] == "v1"
 
 
+@pytest.mark.parametrize("path", ["/classify", "/score"])
+def test_a_classifiers_probability_is_not_squeezed_again(path: str) -> None:
+    items: dict[str, Any] = {"input": ["abc"]}
+    if path == "/score":
+        items = {"queries": "q", "documents": ["abc"]}
+    given: list[float] = []
+    for activation in (True, False):
+        backend = StubBackend(probability=0.98)
+        body = send(backend, "POST", path, json=items | {"use_activation": activation}).json()
+        row = body["data"][0]
+        given.append(row["probs"][0] if path == "/classify" else row["score"])
+    assert given[0] == 0.98
+    assert given[1] == pytest.approx(3.8918203)  # ln(0.98 / 0.02)
+
+
 def test_token_ids_as_vllm_takes_them() -> None:
     backend = StubBackend()
     send(backend, "POST", "/classify", json={"input": [5, 6], "use_activation": False})
