@@ -81,6 +81,10 @@ class TrainingResult:
     """Step whose weights were kept: the last, or the best on the held-out loss."""
 
 
+class OtherTrainingError(ValueError):
+    """The state to go on from is of a training with other data, settings or seed."""
+
+
 def train(
     model: Any,
     objective: Objective,
@@ -327,7 +331,7 @@ class _Loop:
             return
         tensors, state = read_training_state(self.state_path, self.device)
         if state["identity"] != self.identity:
-            raise ValueError(
+            raise OtherTrainingError(
                 f"{self.state_path} belongs to a training with other data, seed or settings: "
                 "resume with the same ones, or start again without resume"
             )
