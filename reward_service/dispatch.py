@@ -171,25 +171,30 @@ class Dispatcher:
     async def _everywhere(
         self, handle: Handle, deadline: float, method: str, *arguments: str
     ) -> list[Any]:
-        """Results of all live replicas; one that dies meanwhile reads the target when it starts."""
-        left = max(0.0, deadline - time.monotonic())
-        try:
-            found = await handle.broadcast(method, *arguments).results_async(
-                timeout_s=left, return_exceptions=True
-            )
-        except TimeoutError:
-            raise RequestError(
-                504, "timeout", f"not loaded within {self._config.reload_timeout_s:g} s"
-            ) from None
-        except DeploymentUnavailableError:
-            found = []
-        results = [f for f in found if not isinstance(f, BaseException)]
-        for error in found:
-            if isinstance(error, BaseException) and not isinstance(error, RayActorError):
-                raise error
-        if not results:
-            raise RequestError(503, "unavailable", "no replica is up: try again", retry_after_s=5)
-        return results
+        """Results of all live replicas; one that dies meanwhile reads the target when it starts.
+
+        While replicas come and go, the only one that is known here may be one that has just gone:
+        the others are asked then.
+        """
+        for tries in range(self._config.max_retries + 1):
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                found = await handle.broadcast(method, *arguments).results_async(
+                    timeout_s=left, return_exceptions=True
+                )
+            except TimeoutError:
+                raise RequestError(
+                    504, "timeout", f"not loaded within {self._config.reload_timeout_s:g} s"
+                ) from None
+            except DeploymentUnavailableError:
+                found = []
+            for error in found:
+                if isinstance(error, BaseException) and not isinstance(error, RayActorError):
+                    raise error
+            if results := [f for f in found if not isinstance(f, BaseException)]:
+                return results
+            await asyncio.sleep(retry_pause(tries, deadline))
+        raise RequestError(503, "unavailable", "no replica is up: try again", retry_after_s=5)
 
 
 async def asked_again(

@@ -7,7 +7,8 @@ import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from ray.exceptions import RayActorError, RayTaskError
@@ -15,11 +16,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from reward_service import client
 from reward_service.config import RewardServiceConfig
-from reward_service.dispatch import asked_again
+from reward_service.dispatch import Dispatcher, asked_again
 from reward_service.http_api import RequestError
 from reward_service.model import RewardModel
 from reward_service.replica import ModelReplica, ReloadTarget
 from reward_service.score import ModelScores, NotLoaded, ScoreCall, ScoreItem
+from reward_service.statistics import ModelStatus
 
 ANSWER = ModelScores(
     model="m", version="v", fingerprint="f", scores=(1.0,), tokens=(1,), errors=(None,)
@@ -247,3 +249,34 @@ def test_replicas_learn_of_a_reload_that_they_missed(
         assert (await third.score_batch(ITEMS, "error")).scores[0] is not None
 
     asyncio.run(run())
+
+
+class Replicas:
+    """A handle whose first broadcasts meet only replicas that have just gone."""
+
+    def __init__(self, gone: int) -> None:
+        self.gone = gone
+        self.asked: list[str] = []
+
+    def broadcast(self, method: str, *_: str) -> Any:
+        self.asked.append(method)
+        if self.gone:
+            self.gone -= 1
+            found: list[Any] = [RayActorError()]
+        else:
+            found = [("v2", "") if method == "prepare" else ModelStatus(model="m", version="v2")]
+
+        async def results(**_: Any) -> list[Any]:
+            return found
+
+        return SimpleNamespace(results_async=results)
+
+
+def test_a_reload_asks_the_replicas_that_come_after_one_that_went() -> None:
+    replicas = Replicas(gone=2)
+    dispatcher = Dispatcher(RewardServiceConfig(), {"m": cast("Any", replicas)})
+    assert asyncio.run(dispatcher.load("m", Path("two"))).version == "v2"
+    assert replicas.asked == ["prepare"] * 3 + ["target", "switch"]
+    nobody = Dispatcher(RewardServiceConfig(), {"m": cast("Any", Replicas(gone=99))})
+    with pytest.raises(RequestError, match="no replica is up"):
+        asyncio.run(nobody.load("m", Path("two")))

@@ -330,7 +330,7 @@ def test_a_reload_does_not_wait_behind_requests_for_scores(
                 answers.append(put(scaled, "x", directory))  # once: none of them is refused
         finally:
             stop.set()
-    assert [a.status_code for a in answers] == [200, 200, 200]
+    assert [a.status_code for a in answers] == [200, 200, 200], [a.text for a in answers]
     assert {a.json()["version"] for a in answers} == set(expected)
     assert set.union(*(caller.result() for caller in callers)) == {200, 503}
 
