@@ -64,7 +64,7 @@ def import_command(
 
     if form in ("items", "gold"):
         new = import_tasks(run_dir, files, gold=form == "gold", masking=not no_mask)
-        click.echo(f"{new} new items to judge")
+        click.echo(f"{new} new items {'with a known answer' if form == 'gold' else 'to judge'}")
         return
     found = import_files(run_dir, files, form=form, items=items, masking=not no_mask)  # type: ignore[arg-type]
     click.echo(f"{found.rows} judgements, {found.new} of them new")
@@ -103,13 +103,20 @@ def erase_command(run_dir: Path, person: str, yes: bool) -> None:
     """Delete a person and all that they said, for good.
 
     Their judgements are not in the next training set, and an import does not bring them back.
-    Models trained before still contain them: train again.
+    Models trained before still contain them: train again. Files of figures written before still
+    name them; the command says which.
     """
-    from cluster.feedback import erase_person
+    from cluster.feedback import erase_person, files_with_figures
 
     if not yes:
         click.confirm(f"Delete {person} and all that they said, for good?", abort=True)
     click.echo(f"{erase_person(run_dir, person)} rows deleted")
+    written = files_with_figures(run_dir)
+    if written:
+        click.echo(
+            f"{', '.join(map(str, written))} may still show figures of {person}, until the stages "
+            "collect and report run again"
+        )
 
 
 @feedback.command("expire")

@@ -14,7 +14,7 @@ from actors.data_files import read_rows
 from cluster.config import RunConfig, load_config
 from reward_service.comparison import Annotator, Pair
 from reward_service.config import CollectConfig, PeopleConfig
-from reward_service.feedback.agreement_report import agreement_report, rating_report
+from reward_service.feedback.agreement_report import store_report
 from reward_service.feedback.assignment import Assignments, open_pairs
 from reward_service.feedback.erasure import data_of, erase, expire
 from reward_service.feedback.formats import (
@@ -25,14 +25,18 @@ from reward_service.feedback.formats import (
     preference_row,
     preference_rows,
     row_entry,
+    row_gold,
 )
 from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.raters import rater_quality
-from reward_service.feedback.store import Entry, FeedbackStore
+from reward_service.feedback.store import Entry, FeedbackStore, item_of
+from reward_service.feedback.tasks import Answer
 from reward_service.feedback.transfer import Imported, import_entries, masked_task
 
 Say = Callable[[str], None]
 STORE = "feedback.sqlite"
+FIGURES = ("feedback.json", "stages.json", "report.html")
+"""Files of a run, or of a round of ``rlhf loop``, that name people with their figures."""
 MANIFEST = ".manifest.json"
 
 
@@ -75,6 +79,7 @@ def import_files(
     """
     digest = hashlib.sha256()
     entries: list[Entry[Any]] = []
+    gold: dict[str, Answer] = {}
     pairs = _items(items) if items else {}
     for path in files:
         _check_manifest(path)
@@ -82,7 +87,11 @@ def import_files(
         annotator = Annotator(annotator_id=f"import:{path.name.split('.')[0]}", kind="human")
         for row in read_rows(str(path), "train"):
             if form == "votes":
-                entries.append(row_entry(row.values, pairs, row.where))
+                entry = row_entry(row.values, pairs, row.where)
+                entries.append(entry)
+                answer = row_gold(row.values, entry, row.where)
+                if answer is not None:
+                    gold[item_of(entry.judgement)] = answer
             else:
                 item_id = str(row.values.get("id") or row.default_id)
                 judgement = preference_row(
@@ -98,6 +107,7 @@ def import_files(
             entries,
             manifest_hash=digest.hexdigest(),
             form=form,
+            gold=gold,
             masking=masking,
             scanner=scanner_of(config.people.privacy),
         )
@@ -159,7 +169,8 @@ def export_file(run_dir: Path, path: Path, *, form: Format) -> dict[str, Any]:
                 *store.rating_history(),
                 *store.ranking_history(),
             ]
-            rows = [entry_row(entry) for entry in history]
+            gold = store.gold_answers()
+            rows = [entry_row(entry, gold.get(item_of(entry.judgement))) for entry in history]
         else:
             rows = list(preference_rows(store.preferences(), form))
         people = len({a.annotator_id for a in store.annotators()})
@@ -189,6 +200,12 @@ def erase_person(run_dir: Path, person: str) -> int:
         return erase(store, person)
 
 
+def files_with_figures(run_dir: Path) -> list[Path]:
+    """Those of ``FIGURES`` that there are: an erasure does not change them."""
+    places = [run_dir, *sorted(run_dir.glob("round-*"))]
+    return [place / name for place in places for name in FIGURES if (place / name).is_file()]
+
+
 def enforce_retention(run_dir: Path, days: int | None) -> tuple[int, int]:
     """(judgements, people) deleted because their time was over."""
     collect = run_config(run_dir).collect
@@ -202,21 +219,20 @@ def enforce_retention(run_dir: Path, days: int | None) -> tuple[int, int]:
 def print_stats(run_dir: Path, say: Say, *, as_json: bool) -> None:
     """Agreement, people and ratings of a run."""
     with open_existing(run_dir) as store:
-        comparisons, ratings = store.comparisons(), store.ratings()
+        report = store_report(store)
         quality = rater_quality(store)
-    report = agreement_report(comparisons) if comparisons else None
-    rated = rating_report(ratings)
+    rated = report.pop("ratings")
     if as_json:
-        say(json.dumps({"agreement": report, "ratings": rated}, ensure_ascii=False))
+        agreement = report if report["items"] else None
+        say(json.dumps({"agreement": agreement, "ratings": rated}, ensure_ascii=False))
         return
-    if report is None and not rated:
+    if not report["items"] and not rated:
         say("there are no judgements yet")
         return
-    if report is not None:
-        say(report["summary"])
-        for name in ("percent", "cohen", "fleiss", "alpha", "graded_alpha", "ac1"):
-            if report[name] is not None:
-                say(f"  {name:<14}{_interval(report[name])}   {report[name]['reading']}")
+    say(report["summary"])
+    for name in ("percent", "cohen", "fleiss", "alpha", "graded_alpha", "ac1"):
+        if report[name] is not None:
+            say(f"  {name:<14}{_interval(report[name])}   {report[name]['reading']}")
     for criterion, found in rated.items():
         say(f"{criterion}: mean {found['mean']:.2f} of {found['ratings']} ratings")
         for name in ("percent", "ordinal_alpha", "interval_alpha"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,9 +83,13 @@ def reference_samples(
         ((prompt, messages, text), model)
         for (prompt, _, text), (messages, model) in by_text.items()
     ]
-    names = {model for _, model in candidates if model.startswith("policy")}
     # The newest policy is what PPO starts from: policy, policy-1, policy-2, ...
-    newest = max(names, key=lambda name: int(name.partition("-")[2] or 0), default=None)
+    policies = {
+        model: int(found[1] or 0)
+        for _, model in candidates
+        if (found := re.fullmatch(r"policy(?:-(\d+))?", model))
+    }
+    newest = max(policies, key=policies.__getitem__, default=None)
     sampled = [sample for sample, model in candidates if model == newest]
     chosen = sampled or [sample for sample, _ in candidates]
     return random.Random(0).sample(chosen, min(len(chosen), config.normalize_samples))

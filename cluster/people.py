@@ -18,7 +18,7 @@ from cluster.stages import Workplace
 from cluster.stop import Stopped
 from reward_service.comparison import Candidate, Pair
 from reward_service.config import CollectConfig
-from reward_service.feedback.agreement_report import agreement_report, rating_report
+from reward_service.feedback.agreement_report import store_report
 from reward_service.feedback.assignment import Assignments, open_answers
 from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.selection import most_uncertain, uncertainty
@@ -150,8 +150,4 @@ def wait_for_people(
                     "administrator's page, or lower collect.people.enough; then --resume"
                 )
             time.sleep(POLL_S)
-    report = agreement_report(store.comparisons(), seed=work.config.seed)
-    ratings = store.ratings()
-    return (
-        {**report, "ratings": rating_report(ratings, seed=work.config.seed)} if ratings else report
-    )
+    return store_report(store, seed=work.config.seed)

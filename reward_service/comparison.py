@@ -48,7 +48,8 @@ class Comparison:
     """One annotator's judgement of one pair.
 
     ``choice`` is in terms of the pair's own a and b, whatever order they were shown in;
-    ``shown_first`` records that order, so that position bias can be measured.
+    ``shown_first`` records that order, so that position bias can be measured; it is empty where the
+    order is unknown.
     """
 
     pair: Pair
@@ -56,7 +57,7 @@ class Comparison:
     choice: Choice
     strength: int = 1
     """1 slightly, 2 clearly, 3 far better; ignored for ties."""
-    shown_first: Literal["a", "b"] = "a"
+    shown_first: Literal["a", "b", ""] = ""
     seconds: float = 0.0
     """How long the judgement took."""
     created_at: str = ""
@@ -65,6 +66,11 @@ class Comparison:
     def __post_init__(self) -> None:
         if self.strength not in (1, 2, 3):
             raise ValueError(f"item {self.pair.item_id}: strength must be 1, 2 or 3")
+        if self.shown_first not in ("a", "b", ""):
+            raise ValueError(
+                f"item {self.pair.item_id}: shown_first must be a, b or empty (unknown), got "
+                f"{self.shown_first!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

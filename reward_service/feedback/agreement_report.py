@@ -24,6 +24,7 @@ from reward_service.feedback.agreement import (
 )
 from reward_service.feedback.agreement_words import reading, summary
 from reward_service.feedback.judges import Quality
+from reward_service.feedback.store import FeedbackStore
 
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
 
@@ -80,6 +81,18 @@ def agreement_report(
     }
     report["summary"] = summary(report)
     return report
+
+
+def store_report(store: FeedbackStore, *, seed: int = 0) -> dict[str, Any]:
+    """``agreement_report`` of all that was said: comparisons and those that rankings imply.
+
+    ``rankings`` is their count and ``ratings`` the ``rating_report``; the summary names both.
+    """
+    report = agreement_report(store.preferences(), seed=seed) | {
+        "rankings": len(store.rankings()),
+        "ratings": rating_report(store.ratings(), seed=seed),
+    }
+    return report | {"summary": summary(report)}
 
 
 Items = dict[str, dict[str, Comparison]]
@@ -205,9 +218,9 @@ def _against_others(items: Items) -> dict[str, list[float]]:
 def _judge_report(name: str, items: Items, hits: Sequence[float]) -> dict[str, Any]:
     """What one judge does, and what sways them.
 
-    ``first_share``: how often the response shown first wins; 0.5 without bias, as the order is
-    random. ``longer_share``: how often the longer one wins. Longer may simply be better, so
-    ``longer_excess`` takes off what the other judges said of the same items.
+    ``first_share``: how often the response shown first wins, where the order is known; 0.5 without
+    bias, as it is random. ``longer_share``: how often the longer one wins. Longer may simply be
+    better, so ``longer_excess`` takes off what the other judges said of the same items.
     """
     own = [votes[name] for votes in items.values() if name in votes]
     decided = [c for c in own if c.choice in ("a", "b")]
@@ -227,7 +240,7 @@ def _judge_report(name: str, items: Items, hits: Sequence[float]) -> dict[str, A
         "judge": name,
         "judgements": len(own),
         "with_the_others": _share(hits),
-        "first_share": _share([float(c.choice == c.shown_first) for c in decided]),
+        "first_share": _share([float(c.choice == c.shown_first) for c in decided if c.shown_first]),
         "longer_share": _share(longer),
         "longer_excess": _mean(excess),
         "tie_share": 1 - len(decided) / len(own),

@@ -58,6 +58,8 @@ _SUMMARY: Mapping[Language, Mapping[str, str]] = {
         " about the best that a reward model can reach against single judgements.",
         "accuracy": " Where the majority prefers one, it is the truly better one in {value:.0%}.",
         "swayed": " Position or length clearly sways {names}.",
+        "rankings": " This includes all pairs of {count}.",
+        "ratings": " {count} on {names}.",
     },
     "zh": {
         "alone": "{judges}比较了 {items}；没有一对被两人看过，因此无法得知一致程度。",
@@ -69,6 +71,8 @@ _SUMMARY: Mapping[Language, Mapping[str, str]] = {
         "奖励模型面对单个评判时大致以此为上限。",
         "accuracy": "多数人有所偏好时，{value:.0%} 的情况选中了真正更好的一篇。",
         "swayed": "位置或长度明显影响了 {names}。",
+        "rankings": "其中包括 {count}的所有文本对。",
+        "ratings": "另有 {count}，标准：{names}。",
     },
 }
 
@@ -89,7 +93,25 @@ def level(alpha: float, language: Language = "en") -> str:
 
 
 def summary(report: Mapping[str, Any], language: Language = "en") -> str:
-    """One paragraph on an agreement report, in plain words."""
+    """One paragraph on an agreement report, in plain words.
+
+    Where it has ``rankings`` and ``ratings`` (see ``store_report``), they are counted too.
+    """
+    say = _SUMMARY[language]
+    rankings, ratings = report.get("rankings", 0), report.get("ratings", {})
+    text = _compared(report, language) if report["items"] or not ratings else ""
+    if rankings:
+        text += say["rankings"].format(count=_number(rankings, "ranking", " 次排序", language))
+    if ratings:
+        count = sum(found["ratings"] for found in ratings.values())
+        text += say["ratings"].format(
+            count=_number(count, "rating", " 个评分", language),
+            names=("、" if language == "zh" else ", ").join(ratings),
+        )
+    return text.strip()
+
+
+def _compared(report: Mapping[str, Any], language: Language) -> str:
     say = _SUMMARY[language]
     counted = {
         "judges": _number(report["judges"], "judge", " 位评判者", language),

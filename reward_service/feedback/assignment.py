@@ -18,7 +18,15 @@ from reward_service.feedback.database import Database
 from reward_service.feedback.leases import Assignment, Leases, assignment_of, joined, settle
 from reward_service.feedback.presidio import scanner_of
 from reward_service.feedback.privacy import mask
-from reward_service.feedback.schema import actions, assignments, settings, tasks
+from reward_service.feedback.schema import (
+    actions,
+    assignments,
+    comparisons,
+    rankings,
+    ratings,
+    settings,
+    tasks,
+)
 from reward_service.feedback.store import FeedbackStore, now
 from reward_service.feedback.tasks import (
     Answer,
@@ -66,29 +74,37 @@ class Assignments:
     def add_tasks(self, new: Sequence[Task]) -> int:
         """Put tasks into the queue; how many were new. The pairs of comparisons are stored too.
 
+        A known answer for a task that is there and was not judged yet makes a gold item of it,
+        which counts as new.
+
         Raises:
-            ValueError: A task of the same id shows something else.
+            ValueError: A task of the same id shows something else, has another known answer, or
+                was judged as an ordinary item.
         """
         pairs = [task.pair for task in new if task.kind == "comparison"]
 
         def write(connection: Connection) -> int:
             self._store.write_pairs(connection, pairs)
             known = {
-                row.task_id: row.content
-                for row in connection.execute(select(tasks.c.task_id, tasks.c.content))
+                row.task_id: row
+                for row in connection.execute(
+                    select(tasks.c.task_id, tasks.c.content, tasks.c.gold)
+                )
             }
-            rows = []
+            rows, answers = [], 0
             for task in {task.task_id: task for task in new}.values():
                 if task.task_id not in known:
                     rows.append(row_of_task(task))
-                elif known[task.task_id] != task.content:
+                elif known[task.task_id].content != task.content:
                     raise ValueError(
                         f"task {task.task_id!r} is there already and shows something else: what "
                         "people judge must not change, use a new id"
                     )
+                else:
+                    answers += give_answer(connection, task, known[task.task_id].gold)
             if rows:
                 connection.execute(tasks.insert(), rows)
-            return len(rows)
+            return len(rows) + answers
 
         return self._database.write(write)
 
@@ -273,6 +289,30 @@ class Assignments:
                 created_at=now(),
             )
         )
+
+
+def give_answer(connection: Connection, task: Task, known: Answer | None) -> bool:
+    """Store the answer of a task that is there with the answer ``known``; whether it was needed.
+
+    Raises:
+        ValueError: It has another, or was judged as an ordinary item.
+    """
+    if task.gold is None or task.gold == known:
+        return False
+    if known is not None:
+        raise ValueError(
+            f"task {task.task_id!r} has another known answer already, {known}: use a new id"
+        )
+    for table in (comparisons, ratings, rankings):
+        said = select(table.c.number).where(table.c.item_id == task.task_id).limit(1)
+        if connection.execute(said).first() is not None:
+            raise ValueError(
+                f"task {task.task_id!r} was judged as an ordinary item already, and a known answer "
+                "would take that out of what is trained on: use a new id"
+            )
+    chosen = tasks.c.task_id == task.task_id
+    connection.execute(tasks.update().where(chosen).values(gold=task.gold))
+    return True
 
 
 def is_paused(connection: Connection) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, Table, and_, delete, exists, select, union
+from sqlalchemy import Connection, Table, and_, delete, exists, func, select, union
 
 from reward_service.feedback import schema
 from reward_service.feedback.leases import settle
@@ -109,13 +109,14 @@ def expire(store: FeedbackStore, retention_days: int) -> Expired:
     human = select(schema.invites.c.annotator_id)
 
     def write(connection: Connection) -> Expired:
-        old = and_(
-            schema.assignments.c.annotator_id.in_(human),
-            schema.assignments.c.finished_at < limit.timestamp(),
-        )
-        gone = select(schema.assignments.c.assignment_id).where(old)
+        given = schema.assignments
+        # What was never finished, or undone, ended with its lease.
+        ended = func.coalesce(given.c.finished_at, given.c.leased_until)
+        old = and_(given.c.annotator_id.in_(human), ended < limit.timestamp())
+        _return_tasks(connection, and_(old, given.c.state == "leased"))
+        gone = select(given.c.assignment_id).where(old)
         connection.execute(delete(schema.actions).where(schema.actions.c.assignment_id.in_(gone)))
-        connection.execute(delete(schema.assignments).where(old))
+        connection.execute(delete(given).where(old))
         judgements = 0
         for table in (schema.comparisons, schema.ratings, schema.rankings):
             result = connection.execute(
@@ -159,7 +160,7 @@ def _forget_idle(connection: Connection, limit: datetime, before: str) -> int:
 
 
 def _return_tasks(connection: Connection, condition: Any) -> None:
-    """Take a person's answers and promises off the counts of their tasks."""
+    """Take answers and promises off the counts of their tasks."""
     given = schema.assignments
     tasks = schema.tasks
     rows = connection.execute(

@@ -24,9 +24,15 @@ from reward_service.comparison import (
     Ranking,
     Rating,
 )
-from reward_service.feedback.collect import given_preference
+from reward_service.feedback.collect import given_preference, prompt_identity
 from reward_service.feedback.store import Entry
-from reward_service.feedback.tasks import Answer, Task, checked_answer, task_of_pair
+from reward_service.feedback.tasks import (
+    Answer,
+    Task,
+    checked_answer,
+    task_of_judgement,
+    task_of_pair,
+)
 
 Format = Literal["votes", "trl", "openrlhf"]
 """Formats of judgements; ``items`` and ``gold`` are read into tasks."""
@@ -39,8 +45,12 @@ _CHOICES: Mapping[str, Choice] = {
 """Words of other files for a choice; 0, 1, 2 as PandaLM has them."""
 
 
-def entry_row(entry: Entry[Any]) -> dict[str, Any]:
-    """A judgement as a flat row; every field of ``row_entry``."""
+def entry_row(entry: Entry[Any], gold: Answer | None = None) -> dict[str, Any]:
+    """A judgement as a flat row; every field of ``row_entry``.
+
+    Args:
+        gold: The known answer of its item, if it has one: then ``row_gold`` finds it.
+    """
     said = entry.judgement
     row: dict[str, Any] = {
         "annotator_id": said.annotator.annotator_id,
@@ -49,6 +59,8 @@ def entry_row(entry: Entry[Any]) -> dict[str, Any]:
         "withdrawn": entry.withdrawn,
         "repeat": entry.repeat,
     }
+    if gold is not None:
+        row["gold"] = gold
     if isinstance(said, Comparison):
         return {"kind": "comparison", **_pair_values(said.pair), **row} | {
             "choice": said.choice,
@@ -94,13 +106,35 @@ def row_entry(row: Values, items: Mapping[str, Pair], where: str) -> Entry[Any]:
             judgement = _ranking(row)
         else:
             raise ValueError(f"kind must be comparison, rating or ranking, got {kind!r}")
+        return Entry(
+            judgement=judgement,
+            withdrawn=_truth(row, "withdrawn"),
+            repeat=int(row.get("repeat") or 0),
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
-    return Entry(
-        judgement=judgement,
-        withdrawn=bool(row.get("withdrawn", False)),
-        repeat=int(row.get("repeat") or 0),
-    )
+
+
+def row_gold(row: Values, entry: Entry[Any], where: str) -> Answer | None:
+    """The known answer of the item that a row of ours is about, ``None`` for ordinary items.
+
+    Raises:
+        ValueError: The answer does not fit the item; the message begins with ``where``.
+    """
+    given = row.get("gold")
+    if not given:
+        return None
+    try:
+        if not isinstance(given, Mapping):
+            raise ValueError(f"gold must be an answer, got {given!r}")
+        # Parquet gives every row the fields of all, empty.
+        answer = {name: value for name, value in given.items() if value is not None}
+        if "ratings" in answer:
+            answer["ratings"] = {c: v for c, v in answer["ratings"].items() if v is not None}
+        criteria = list(answer.get("ratings", ()))
+        return checked_answer(task_of_judgement(entry.judgement), answer, criteria)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: the known answer (gold): {error}") from None
 
 
 def item_task(
@@ -123,13 +157,13 @@ def item_task(
             if gold:
                 answer = {"choice": _choice(row)}
         elif kind in ("rating", "ranking"):
-            item_id = _text(row, "item_id", "id")
+            prompt, messages = _text(row, "prompt", "instruction"), _dialogue(row)
             task = Task(
-                task_id=item_id,
+                task_id=_text(row, "item_id", "id"),
                 kind=kind,
-                prompt_id=str(row.get("prompt_id") or item_id),
-                prompt=_text(row, "prompt", "instruction"),
-                messages=_messages(row.get("messages") or ()),
+                prompt_id=_prompt_id(row, prompt, messages),
+                prompt=prompt,
+                messages=messages,
                 candidates=(_response(row),) if kind == "rating" else _candidates(row),
                 overlap=overlap,
             )
@@ -179,7 +213,7 @@ def preference_row(row: Values, where: str, *, item_id: str, annotator: Annotato
     text = prompt if isinstance(prompt, str) else messages[-1]["content"]
     return given_preference(
         item_id=item_id,
-        prompt_id=str(row.get("prompt_id") or item_id),
+        prompt_id=_optional(row, "prompt_id"),
         prompt=text,
         messages=messages,
         chosen=good,
@@ -200,22 +234,21 @@ def preference_rows(comparisons: Iterable[Comparison], form: Format) -> Iterator
         pair = votes[0].pair
         good, bad = (pair.a.text, pair.b.text) if lead > 0 else (pair.b.text, pair.a.text)
         messages: list[Message] = [*pair.messages]
+        ids = {"id": item_id, "prompt_id": pair.prompt_id}
         if form == "openrlhf":
             before = messages or [Message(role="user", content=pair.prompt)]
-            yield {
-                "id": item_id,
+            yield ids | {
                 "chosen": [*before, Message(role="assistant", content=good)],
                 "rejected": [*before, Message(role="assistant", content=bad)],
             }
         elif messages:
-            yield {
-                "id": item_id,
+            yield ids | {
                 "prompt": messages,
                 "chosen": [Message(role="assistant", content=good)],
                 "rejected": [Message(role="assistant", content=bad)],
             }
         else:
-            yield {"id": item_id, "prompt": pair.prompt, "chosen": good, "rejected": bad}
+            yield ids | {"prompt": pair.prompt, "chosen": good, "rejected": bad}
 
 
 def _split(value: Any, name: str) -> tuple[tuple[Message, ...], str]:
@@ -237,6 +270,14 @@ def _messages(value: Sequence[Any]) -> tuple[Message, ...]:
     return tuple(Message(role=str(m["role"]), content=m["content"]) for m in value)
 
 
+def _dialogue(row: Values) -> tuple[Message, ...]:
+    return _messages(row.get("messages") or ())
+
+
+def _prompt_id(row: Values, prompt: str, messages: Sequence[Message]) -> str:
+    return _optional(row, "prompt_id") or prompt_identity(prompt, messages)
+
+
 def _pair_values(pair: Pair) -> dict[str, Any]:
     return {
         "item_id": pair.item_id,
@@ -251,17 +292,17 @@ def _pair_values(pair: Pair) -> dict[str, Any]:
 
 
 def _pair(row: Values) -> Pair:
-    item_id = _text(row, "item_id", "id")
+    messages = _dialogue(row)
     prompt = _text(row, "prompt", "instruction")
     if row.get("input"):  # of instruction data: what the instruction is about
         prompt = f"{prompt}\n\n{row['input']}"
     return Pair(
-        item_id=item_id,
-        prompt_id=str(row.get("prompt_id") or item_id),
+        item_id=_text(row, "item_id", "id"),
+        prompt_id=_prompt_id(row, prompt, messages),
         prompt=prompt,
         a=Candidate(text=_text(row, "a", "response_a"), model=_optional(row, "a_model", "model_a")),
         b=Candidate(text=_text(row, "b", "response_b"), model=_optional(row, "b_model", "model_b")),
-        messages=_messages(row.get("messages") or ()),
+        messages=messages,
     )
 
 
@@ -272,7 +313,7 @@ def _comparison(row: Values, items: Mapping[str, Pair]) -> Comparison:
         annotator=_annotator(row),
         choice=_choice(row),
         strength=int(row.get("strength") or 1),
-        shown_first="b" if row.get("shown_first") == "b" else "a",
+        shown_first=_optional(row, "shown_first"),  # type: ignore[arg-type]  # checked there
         seconds=float(row.get("seconds") or 0.0),
         created_at=_optional(row, "created_at"),
     )
@@ -290,18 +331,20 @@ def _response(row: Values) -> Candidate:
 
 
 def _candidates(row: Values) -> tuple[Candidate, ...]:
-    return tuple(
-        Candidate(text=_text(c, "text"), model=_optional(c, "model"))
-        for c in _first(row, "candidates")
-    )
+    """Texts, or objects with a text and perhaps a model."""
+    given = _first(row, "candidates")
+    if not isinstance(given, list) or not all(isinstance(c, str | Mapping) for c in given):
+        raise ValueError("candidates must be a list of texts, or of objects with a text")
+    values = [{"text": c} if isinstance(c, str) else c for c in given]
+    return tuple(Candidate(text=_text(c, "text"), model=_optional(c, "model")) for c in values)
 
 
 def _rating(row: Values) -> Rating:
-    item_id = _text(row, "item_id", "id")
+    prompt = _text(row, "prompt", "instruction")
     return Rating(
-        item_id=item_id,
-        prompt_id=str(row.get("prompt_id") or item_id),
-        prompt=_text(row, "prompt", "instruction"),
+        item_id=_text(row, "item_id", "id"),
+        prompt_id=_prompt_id(row, prompt, _dialogue(row)),
+        prompt=prompt,
         response=_response(row),
         annotator=_annotator(row),
         criterion=_optional(row, "criterion") or "quality",
@@ -311,12 +354,12 @@ def _rating(row: Values) -> Rating:
 
 
 def _ranking(row: Values) -> Ranking:
-    item_id = _text(row, "item_id", "id")
+    prompt, messages = _text(row, "prompt"), _dialogue(row)
     return Ranking(
-        item_id=item_id,
-        prompt_id=str(row.get("prompt_id") or item_id),
-        prompt=_text(row, "prompt"),
-        messages=_messages(row.get("messages") or ()),
+        item_id=_text(row, "item_id", "id"),
+        prompt_id=_prompt_id(row, prompt, messages),
+        prompt=prompt,
+        messages=messages,
         candidates=_candidates(row),
         annotator=_annotator(row),
         ranking=tuple(int(n) for n in _first(row, "ranking")),
@@ -345,6 +388,14 @@ def _text(row: Values, *names: str) -> str:
     if not isinstance(value, str | int):
         raise ValueError(f"{names[0]} must be a text, got {type(value).__name__}")
     return str(value)
+
+
+def _truth(row: Values, name: str) -> bool:
+    """CSV has texts only, and every text that is not empty would be true."""
+    given = _optional(row, name).strip().lower()
+    if given not in ("", "0", "false", "no", "1", "true", "yes"):
+        raise ValueError(f"{name} must be true or false, got {row[name]!r}")
+    return given in ("1", "true", "yes")
 
 
 def _optional(row: Values, *names: str) -> str:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, func, select
 from reward_service.comparison import Comparison
 from reward_service.feedback.aggregate import model_strengths
 from reward_service.feedback.agreement import percent_agreement, wilson_interval
-from reward_service.feedback.agreement_report import agreement_report, choice_counts, rating_report
+from reward_service.feedback.agreement_report import choice_counts, store_report
 from reward_service.feedback.assignment import is_paused, open_answers
 from reward_service.feedback.database import Database
 from reward_service.feedback.leases import settle
@@ -52,14 +52,15 @@ def fingerprint(connection: Connection) -> tuple[int, ...]:
 def overview(store: FeedbackStore, *, seed: int = 0) -> dict[str, Any]:
     """All figures of the administrator's view, as JSON-able values."""
     said = store.comparisons()
+    report = store_report(store, seed=seed)
     given, wanted = store.database.read(open_answers)
     return {
         "given": given,
         "wanted": wanted,
         "paused": store.database.read(is_paused),
         "states": store.database.read(_states),
-        "agreement": agreement_report(said, seed=seed) if said else None,
-        "ratings": rating_report(store.ratings(), seed=seed),
+        "agreement": report if report["items"] else None,
+        "ratings": report["ratings"],
         "over_time": over_time(said),
         "people": [asdict(quality) for quality in rater_quality(store)],
         "others": store.database.read(_set_aside),

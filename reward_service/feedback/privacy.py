@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from datetime import date
 from ipaddress import ip_address
 
-_LETTERS = r"A-Za-z0-9._%+\-"
+# Latin with accents (written either way), Greek and Cyrillic, but no script without spaces: the
+# words before an address are no part of it.
+_LETTERS = "A-Za-z0-9._%+\\-\u00c0-\u024f\u0300-\u052f"
 _BEFORE, _AFTER = r"(?<![\dA-Za-z])", r"(?![\dA-Za-z])"
 
 
@@ -115,11 +117,23 @@ def _is_phone(text: str) -> bool:
     return text.startswith(("+", "(", "0")) or len(re.findall(r"\d+", text)) >= 3
 
 
+def _is_dotted_phone(text: str) -> bool:
+    """8 to 15 digits, and no date: dots also part decimals, versions and thousands."""
+    return 8 <= len(re.sub(r"\D", "", text)) <= 15 and not re.match(
+        r"\d{2}\.\d{2}\.(?:19|20)\d{2}(?!\d)", text
+    )
+
+
 def _always(_: str) -> bool:
     return True
 
 
-_EMAIL = rf"(?<![{_LETTERS}])[{_LETTERS}]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.)+[A-Za-z]{{2,24}}"
+# Ends of Chinese domains are named: any others would take the words that follow with them.
+_TOP = (
+    "xn--[A-Za-z0-9-]{2,59}|[A-Za-z]{2,24}|[\u00c0-\u024f\u0370-\u052f]{2,24}"
+    "|中国|中國|公司|网络|網絡|网址|香港|台湾|台灣"
+)
+_EMAIL = rf"(?<![{_LETTERS}])[{_LETTERS}]{{1,64}}@(?:[\w\u0300-\u036f-]{{1,63}}\.)+(?:{_TOP})"
 _IBAN = r"[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?"
 _IPV4 = r"\d{1,3}(?:\.\d{1,3}){3}"
 _IPV6 = (
@@ -128,6 +142,13 @@ _IPV6 = (
 )
 _MOBILE = r"(?:\+?86[ -]?)?1[3-9]\d(?:[ -]?\d{4}){2}"
 _PHONE = r"(?:\+|\()?\d(?:[ ()/-]{0,2}\d){6,14}"
+# +1.555.123.4567 and +33 (0)1.23.45.67.89; 01.23.45.67.89; 555.123.4567 and (415) 555.2671
+_DOTTED = (
+    r"\+[1-9]\d{0,2}(?:[. ]?\(\d{1,4}\)[. ]?\d{1,4}(?:\.\d{2,4}){1,5}"
+    r"|[. ]\d{1,4}(?:\.\d{2,4}){2,5})"
+    r"|(?:\(0\d{1,4}\)[. ]?\d{2,4}|0\d{1,4}\.\d{2,4})(?:\.\d{2,4}){1,4}"
+    r"|(?:1[. ])?(?:\(\d{3}\)[. ]?|\d{3}\.)\d{3}\.\d{4}"
+)
 
 _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
     ("email", re.compile(_EMAIL), _always),
@@ -140,6 +161,11 @@ _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
         "phone",
         re.compile(rf"(?<![\dA-Za-z.,]){_PHONE}(?![\dA-Za-z]|[.,]\d)"),
         _is_phone,
+    ),
+    (
+        "phone",
+        re.compile(rf"(?<![\dA-Za-z])(?<!\d[.,])(?:{_DOTTED})(?![\dA-Za-z]|[.,]\d)"),
+        _is_dotted_phone,
     ),
 )
 """In order of how sure their form is: kind, pattern, and whether a match is real."""

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sqlalchemy import select
 
 from reward_service.comparison import Comparison, Ranking
 from reward_service.feedback.agreement import wilson_interval
-from reward_service.feedback.schema import tasks
 from reward_service.feedback.store import Entry, FeedbackStore, identity
 from reward_service.feedback.tasks import Answer
 
@@ -38,7 +36,8 @@ class RaterQuality:
     Attributes:
         gold: How often right on items with a known answer (see ``agree``).
         self_consistency: How often the second look at an item says the same as the first.
-        first_share: How often what was shown first wins; 0.5 without bias.
+        first_share: How often what was shown first wins; 0.5 without bias. Only judgements whose
+            order is known count.
         longer_share: How often the longer one wins; longer may simply be better.
         seconds: Median time of a judgement.
         too_fast: Much faster than the others on the same kind of work, or below two seconds.
@@ -56,14 +55,12 @@ class RaterQuality:
 
 def rater_quality(store: FeedbackStore) -> list[RaterQuality]:
     """Everybody who judged something, most judgements first."""
-    query = select(tasks.c.task_id, tasks.c.gold).where(tasks.c.gold.is_not(None))
-    gold = store.database.read(lambda c: {r.task_id: r.gold for r in c.execute(query)})
     history: list[Entry[Any]] = [
         *store.comparison_history(),
         *store.rating_history(),
         *store.ranking_history(),
     ]
-    return quality_of(history, gold)
+    return quality_of(history, store.gold_answers())
 
 
 def quality_of(history: Sequence[Entry[Any]], gold: Mapping[str, Answer]) -> list[RaterQuality]:
@@ -140,7 +137,7 @@ def _one(
         self_consistency=_ratio(
             [agree(first[item], answer) for item, answer in again.items() if item in first]
         ),
-        first_share=_ratio([c.choice == c.shown_first for c in decided]),
+        first_share=_ratio([c.choice == c.shown_first for c in decided if c.shown_first]),
         longer_share=_ratio([(c.choice == "a") == (d > 0) for c, d in lengths if d]),
         seconds=seconds,
         too_fast=len(own) >= 10 and seconds is not None and (score < -FAST or seconds < 2.0),

@@ -218,8 +218,12 @@ class FeedbackStore:
 
     def gold_items(self) -> set[str]:
         """Items whose answer is known beforehand."""
-        query = select(schema.tasks.c.task_id).where(schema.tasks.c.gold.is_not(None))
-        return self.database.read(lambda c: set(c.execute(query).scalars()))
+        return set(self.gold_answers())
+
+    def gold_answers(self) -> dict[str, dict[str, Any]]:
+        """Item -> its known answer, for those that have one."""
+        query = select(schema.tasks).where(schema.tasks.c.gold.is_not(None))
+        return self.database.read(lambda c: {r.task_id: r.gold for r in c.execute(query)})
 
     def _insert(self, work: Callable[[Connection], int]) -> int:
         return self.database.write(work)

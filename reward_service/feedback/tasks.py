@@ -121,6 +121,30 @@ def task_of_pair(
     )
 
 
+def task_of_judgement(judgement: Comparison | Rating | Ranking, gold: Answer | None = None) -> Task:
+    """The task that a judgement from elsewhere would have been an answer to."""
+    if isinstance(judgement, Comparison):
+        return task_of_pair(judgement.pair, gold=gold)
+    if isinstance(judgement, Rating):
+        return Task(
+            task_id=judgement.item_id,
+            kind="rating",
+            prompt_id=judgement.prompt_id,
+            prompt=judgement.prompt,
+            candidates=(judgement.response,),
+            gold=gold,
+        )
+    return Task(
+        task_id=judgement.item_id,
+        kind="ranking",
+        prompt_id=judgement.prompt_id,
+        prompt=judgement.prompt,
+        candidates=judgement.candidates,
+        messages=judgement.messages,
+        gold=gold,
+    )
+
+
 def row_of_task(task: Task) -> dict[str, Any]:
     """A new task as the store keeps it, open and untouched."""
     return {

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Row, select
 
 from actors.trajectory import Message
 from reward_service.comparison import Annotator, Candidate, Comparison, Pair, Ranking, Rating
+from reward_service.feedback.assignment import give_answer
 from reward_service.feedback.erasure import erased
 from reward_service.feedback.privacy import Scanner, mask, scan
 from reward_service.feedback.schema import imports, settings, tasks
-from reward_service.feedback.store import Entry, FeedbackStore, now
-from reward_service.feedback.tasks import Task, row_of_task
+from reward_service.feedback.store import Entry, FeedbackStore, item_of, now
+from reward_service.feedback.tasks import Answer, Task, row_of_task, task_of_judgement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +46,7 @@ def import_entries(
     *,
     manifest_hash: str,
     form: str,
+    gold: Mapping[str, Answer] | None = None,
     masking: bool = True,
     scanner: Scanner = scan,
 ) -> Imported:
@@ -52,18 +54,32 @@ def import_entries(
 
     Args:
         manifest_hash: SHA-256 of the files; kept with the import.
+        gold: Known answers by item: what was said of these measures people and is not trained on.
         masking: Replace personal data in texts, and names of people that are personal data by
             pseudonyms that only this store can make.
         scanner: What finds personal data.
+
+    Raises:
+        ValueError: An item of the same id shows something else, here or in the store.
     """
-    cleaner = _Cleaner(_salt(store), scanner) if masking else None
+    answers = gold or {}
+    salt = _salt(store)
+    cleaner = _Cleaner(salt, scanner) if masking else None
     cleaned = [entry if cleaner is None else cleaner.entry(entry) for entry in entries]
 
     def write(connection: Connection) -> Imported:
-        names = {e.judgement.annotator.annotator_id for e in cleaned}
-        gone = erased(connection, sorted(names))
-        kept = [e for e in cleaned if e.judgement.annotator.annotator_id not in gone]
-        _add_ranked(connection, [e.judgement for e in kept if isinstance(e.judgement, Ranking)])
+        gone = _erased_names(connection, salt, entries)
+        kept = [
+            clean
+            for entry, clean in zip(entries, cleaned, strict=True)
+            if entry.judgement.annotator.annotator_id not in gone
+        ]
+        about = (
+            task_of_judgement(e.judgement, answers.get(item_of(e.judgement)))
+            for e in kept
+            if isinstance(e.judgement, Ranking) or item_of(e.judgement) in answers
+        )
+        _add_closed(connection, about, store.database.shown)
         new = store.write_history(connection, kept)
         before = select(imports.c.number).where(imports.c.manifest_hash == manifest_hash)
         again = connection.execute(before).first() is not None
@@ -113,8 +129,7 @@ class _Cleaner:
     def _annotator(self, annotator: Annotator) -> Annotator:
         name = annotator.annotator_id
         if annotator.kind == "human" and self._scanner(name):
-            digest = hmac.new(self._salt.encode(), name.encode(), hashlib.sha256).hexdigest()
-            name = f"person-{digest[:12]}"
+            name = _pseudonym(self._salt, name)
         return replace(annotator, annotator_id=name)
 
     def _pair(self, pair: Pair) -> Pair:
@@ -149,20 +164,54 @@ def masked_task(task: Task, scanner: Scanner = scan) -> Task:
     )
 
 
-def _add_ranked(connection: Connection, rankings: Sequence[Ranking]) -> None:
-    """The closed tasks that imported rankings are about."""
-    for ranking in {r.item_id: r for r in rankings}.values():
-        known = select(tasks.c.task_id).where(tasks.c.task_id == ranking.item_id)
-        if connection.execute(known).first() is None:
-            task = Task(
-                task_id=ranking.item_id,
-                kind="ranking",
-                prompt_id=ranking.prompt_id,
-                prompt=ranking.prompt,
-                messages=ranking.messages,
-                candidates=ranking.candidates,
-            )
+def _erased_names(connection: Connection, salt: str, entries: Sequence[Entry[Any]]) -> set[str]:
+    """Those of the names that were erased, as they are or under the pseudonym made of them.
+
+    Both, as an import may have been with masking before and without it now, or the reverse.
+    """
+    names = {entry.judgement.annotator.annotator_id for entry in entries}
+    pseudonyms = {name: _pseudonym(salt, name) for name in names}
+    gone = erased(connection, sorted(names.union(pseudonyms.values())))
+    return {name for name in names if name in gone or pseudonyms[name] in gone}
+
+
+def _add_closed(connection: Connection, about: Iterable[Task], shown: str) -> None:
+    """The closed tasks that imported rankings and gold items are about."""
+    added: dict[str, Task] = {}
+    for task in about:
+        if added.get(task.task_id) == task:
+            continue
+        query = select(tasks).where(tasks.c.task_id == task.task_id)
+        known = connection.execute(query).first()
+        if known is None:
             connection.execute(tasks.insert().values(**row_of_task(task) | {"state": "closed"}))
+        else:
+            other = _difference(known, task)
+            if other:
+                raise ValueError(
+                    f"tasks: {task.task_id!r} is in {shown} already with another {other}: what "
+                    "was judged must not change, use a new id"
+                )
+            give_answer(connection, task, known.gold)
+        added[task.task_id] = task
+
+
+def _difference(known: Row[Any], task: Task) -> str:
+    """What a task shows otherwise than the stored one of its id; empty when it is the same."""
+    mine, theirs = task.content, known.content
+    if known.kind != task.kind:
+        return "kind"
+    if theirs["prompt"] != mine["prompt"]:
+        return "prompt"
+    if task.kind != "rating" and theirs["messages"] != mine["messages"]:  # ratings keep none
+        return "messages"
+    texts = [[c["text"] for c in content["candidates"]] for content in (mine, theirs)]
+    return "candidates" if texts[0] != texts[1] else ""
+
+
+def _pseudonym(salt: str, name: str) -> str:
+    digest = hmac.new(salt.encode(), name.encode(), hashlib.sha256).hexdigest()
+    return f"person-{digest[:12]}"
 
 
 def _salt(store: FeedbackStore) -> str:

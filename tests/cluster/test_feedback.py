@@ -103,9 +103,15 @@ def test_preference_formats_of_others_have_their_fields(run: Path, tmp_path: Pat
     rows = [json.loads(line) for line in trl.read_text().splitlines()]
     # the tie says nothing, and what was taken back is not there
     assert rows == [
-        {"id": "i1", "prompt": "Storm 1?", "chosen": "rain", "rejected": "sun\n雨"},
-        {"id": "i2", "prompt": "Storm 2?", "chosen": "sun\n雨", "rejected": "rain"},
-    ]
+        {
+            "id": "i1", "prompt_id": "p1", "prompt": "Storm 1?", "chosen": "rain",
+            "rejected": "sun\n雨",
+        },
+        {
+            "id": "i2", "prompt_id": "p2", "prompt": "Storm 2?", "chosen": "sun\n雨",
+            "rejected": "rain",
+        },
+    ]  # fmt: skip
     rlhf("export", "--run", run, "--format", "openrlhf", openrlhf)
     rows = [json.loads(line) for line in openrlhf.read_text().splitlines()]
     assert rows[0]["chosen"] == [
@@ -121,6 +127,7 @@ def test_preference_formats_of_others_have_their_fields(run: Path, tmp_path: Pat
             chosen = found["i2"].pair.a if found["i2"].choice == "a" else found["i2"].pair.b
             assert chosen.text == "sun\n雨"
             assert found["i1"].pair.prompt == "Storm 1?"
+            assert found["i1"].pair.prompt_id == "p1"
 
 
 def test_a_changed_file_and_wrong_rows_are_refused(run: Path, tmp_path: Path) -> None:
@@ -190,9 +197,80 @@ def test_an_erased_person_is_gone_from_tables_and_files_and_stays_away(
 def test_stats_say_how_to_read_them(run: Path, tmp_path: Path) -> None:
     text = rlhf("stats", "--run", run)
     assert "2 judges compared 3 pairs" in text
+    assert " 1 rating on quality." in text
     assert "quality: mean 4.00 of 1 ratings" in text
     assert json.loads(rlhf("stats", "--run", run, "--json"))["agreement"]["items"] == 3
     assert "has no judgements" in rlhf("stats", "--run", tmp_path / "none", code=1)
+
+
+def test_stats_of_rankings_count_the_pairs_that_they_imply(tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "ranked.jsonl"
+    row = {"kind": "ranking", "item_id": "k", "prompt": "?", "candidates": ["x", "y", "z"]}
+    rows = [
+        {**row, "annotator_id": "otter", "ranking": [1, 2, 0]},
+        {**row, "annotator_id": "heron", "ranking": [1, 0, 2]},
+    ]
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rlhf("import", "--run", run, file)
+    text = rlhf("stats", "--run", run)
+    assert "2 judges compared 3 pairs. Two judges of a pair say the same in 67%" in text
+    assert "This includes all pairs of 2 rankings." in text
+    assert "shown first" not in text
+    found = json.loads(rlhf("stats", "--run", run, "--json"))
+    assert (found["agreement"]["items"], found["agreement"]["rankings"]) == (3, 2)
+    file.write_text(json.dumps({**rows[0], "kind": "rating", "response": "x", "value": 4}))
+    rlhf("import", "--run", tmp_path / "rated", file)
+    text = rlhf("stats", "--run", tmp_path / "rated")
+    assert text.startswith("1 rating on quality.")
+    assert "compared" not in text
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_gold_items_stay_gold_in_another_store(tmp_path: Path, ending: str) -> None:
+    pair = {"prompt": "?", "a": "x", "b": "y"}
+    texts = {"kind": "ranking", "prompt": "?", "candidates": ["x", "y", "z"]}
+    known = [
+        {**pair, "id": "c", "choice": "b"},
+        {**texts, "id": "k", "ranking": [2, 0, 1]},
+        {
+            "kind": "rating", "id": "r", "prompt": "?", "response": "x",
+            "ratings": {"quality": 4, "diversity": 2},
+        },
+    ]  # fmt: skip
+    who = {"annotator_id": "otter"}
+    votes = [
+        {**pair, **who, "id": "c", "choice": "a"},
+        {**pair, **who, "id": "ordinary", "choice": "a"},
+        {**texts, **who, "id": "k", "ranking": [0, 1, 2]},
+        {**known[2], **who, "criterion": "quality", "value": 3},
+    ]
+    mine, other, file = tmp_path / "mine", tmp_path / "other", tmp_path / f"out{ending}"
+    for form, rows in (("gold", known), ("votes", votes)):
+        source = tmp_path / f"{form}.jsonl"
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rlhf("import", "--run", mine, "--format", form, source)
+    rlhf("export", "--run", mine, file)
+    assert "4 of them new" in rlhf("import", "--run", other, file)
+    assert "0 of them new" in rlhf("import", "--run", other, file)
+    with FeedbackStore(mine / STORE) as before, FeedbackStore(other / STORE) as after:
+        assert after.gold_answers() == before.gold_answers()
+        assert sorted(after.gold_answers()) == ["c", "k", "r"]
+        assert [c.pair.item_id for c in after.preferences()] == ["ordinary"]
+        assert after.ratings() == []
+        assert {t["state"] for t in after.database.read(tasks_of)} == {"closed"}
+    row = json.loads((tmp_path / "votes.jsonl").read_text().splitlines()[0])
+    wrong = tmp_path / "wrong.jsonl"
+    wrong.write_text(json.dumps({**row, "gold": {"choice": "c"}}) + "\n")
+    message = rlhf("import", "--run", other, wrong, code=1)
+    assert "wrong.jsonl:1: the known answer (gold): choice must be" in message
+
+
+def test_files_that_an_erasure_leaves_are_named(run: Path) -> None:
+    (run / "round-01").mkdir()
+    for name in ("feedback.json", "round-01/report.html"):
+        (run / name).write_text("{}")
+    text = rlhf("erase", "--run", run, "--person", "heron", "--yes")
+    assert f"{run}/feedback.json, {run}/round-01/report.html may still show figures of" in text
 
 
 def test_items_and_gold_become_tasks(tmp_path: Path) -> None:

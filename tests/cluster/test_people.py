@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors.datasets import RawPrompt
+from actors.datasets import Preference, RawPrompt
 from actors.trajectory import Trajectory
 from cluster import judgement
 from cluster import people as run_side
@@ -19,12 +19,14 @@ from cluster.people import add_tasks, comparison_tasks, least_sure, sample_tasks
 from cluster.pipeline import Pipeline
 from cluster.progress import Reporter
 from cluster.stop import Stopped
-from reward_service.comparison import Candidate, Pair
+from reward_service.comparison import Annotator, Candidate, Pair, Ranking, Rating
 from reward_service.config import CollectConfig, PeopleConfig
 from reward_service.feedback import people
+from reward_service.feedback.agreement_words import summary
 from reward_service.feedback.assignment import Assignments
 from reward_service.feedback.collect import pairs_between
-from reward_service.feedback.store import FeedbackStore
+from reward_service.feedback.store import Entry, FeedbackStore
+from reward_service.feedback.transfer import import_entries
 from reward_service.model import RewardModel
 from reward_service.score import ScoreItem
 from tests.reward_service.conftest import trajectory, write_reward_model  # noqa: F401
@@ -136,6 +138,49 @@ def test_the_wait_ends_when_people_have_answered(
         report = wait_for_people(workplace(tmp_path), store, config, 0)
         worker.join()
         assert report["comparisons"] == 3
+
+
+def test_the_report_on_the_wait_counts_ratings_and_rankings(tmp_path: Path) -> None:
+    who = Annotator(annotator_id="otter", kind="human")
+    texts = tuple(Candidate(text=text) for text in "xyz")
+    rating = Rating(
+        item_id="r", prompt_id="p", prompt="?", response=texts[0], annotator=who,
+        criterion="quality", value=4,
+    )  # fmt: skip
+    ranking = Ranking(
+        item_id="k", prompt_id="p", prompt="?", candidates=texts, annotator=who, ranking=(0, 1, 2)
+    )
+    config = CollectConfig()
+    with FeedbackStore(tmp_path / "f.sqlite") as store:
+        store.add_ratings([rating])
+        report = wait_for_people(workplace(tmp_path), store, config, 0)
+        assert report["summary"] == "1 rating on quality."
+        import_entries(store, [Entry(judgement=ranking)], manifest_hash="h", form="votes")
+        report = wait_for_people(workplace(tmp_path), store, config, 0)
+    assert (report["items"], report["rankings"], report["ratings"]["quality"]["ratings"]) == (
+        3,
+        1,
+        1,
+    )
+    assert report["summary"].startswith("1 judge compared 3 pairs")
+    assert report["summary"].endswith("This includes all pairs of 1 ranking. 1 rating on quality.")
+    chinese = summary(report, "zh")
+    assert "其中包括 1 次排序的所有文本对。" in chinese
+    assert "另有 1 个评分，标准：quality。" in chinese
+
+
+def test_pairs_of_the_data_that_share_a_prompt_say_so(tmp_path: Path) -> None:
+    data = [
+        Preference(example_id=f"e{n}", prompt=prompt, chosen="x", rejected=f"y{n}")
+        for n, prompt in enumerate(["?", "?", "!"])
+    ]
+    work = workplace(tmp_path)
+    work.config = RunConfig(run_dir=tmp_path)
+    work.data = SimpleNamespace(preferences=lambda: data)
+    judgement.from_preferences(work, CollectConfig())
+    with judgement.open_store(work.config) as store:
+        first, second, other = (pair.prompt_id for pair in store.pairs())
+    assert first == second != other
 
 
 def test_overwrite_does_not_throw_away_what_people_said(tmp_path: Path) -> None:

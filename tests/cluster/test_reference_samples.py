@@ -23,6 +23,11 @@ def test_samples_of_the_policy_come_before_others_each_once() -> None:
     config = RewardModelConfig()
     judged = [comparison(sampled, written, number=n) for n in range(2)]
     assert reference_samples(judged, config) == [("", TURNS, "rain")]
+    older = [Candidate(text="sun", model=m) for m in ("policy-old", "policy-9x", "policy-large")]
+    newest = [Candidate(text=f"snow {n}", model=f"policy-{n}") for n in (2, 10)]
+    judged += [comparison(c, written, number=n) for n, c in enumerate([*older, *newest], start=2)]
+    assert reference_samples(judged, config) == [("", TURNS, "snow 10")]
+    assert len(reference_samples([comparison(older[0], written)], config)) == 2
     other = Candidate(text="No.")
     found = reference_samples([comparison(written, other)], config)
     assert sorted(text for _, _, text in found) == ["It rained.", "No."]

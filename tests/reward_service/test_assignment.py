@@ -206,6 +206,22 @@ def test_repeats_swap_sides_and_gold_measures_the_person_only(desk) -> None:
     store.close()
 
 
+def test_a_known_answer_makes_an_item_gold_until_it_is_judged(desk) -> None:
+    store, assignments, _ = desk([comparison(0), comparison(1)])
+    known: Answer = {"choice": "b", "strength": 1}
+    assert assignments.add_tasks([comparison(0, gold=known)]) == 1
+    assert assignments.add_tasks([comparison(0, gold=known)]) == 0
+    assert assignments.add_tasks([comparison(0)]) == 0
+    assert store.gold_answers() == {"t0": known}
+    with pytest.raises(ValueError, match="'t0' has another known answer already"):
+        assignments.add_tasks([comparison(0, gold={"choice": "a", "strength": 1})])
+    assert work(assignments, "p0") == ["t1"]
+    with pytest.raises(ValueError, match="'t1' was judged as an ordinary item already"):
+        assignments.add_tasks([comparison(1, gold=known)])
+    assert [c.pair.item_id for c in store.comparisons()] == ["t1"]
+    store.close()
+
+
 def test_ratings_and_rankings(desk) -> None:
     rating = Task(
         task_id="r", kind="rating", prompt_id="p", prompt="?", candidates=(Candidate(text="x"),)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import Connection, Table, select, update
 
 from reward_service.comparison import Annotator, Candidate, Comparison, Pair
 from reward_service.config import PeopleConfig
 from reward_service.feedback import people, schema
 from reward_service.feedback.assignment import Assignments, open_answers
-from reward_service.feedback.erasure import data_of, erase, expire
+from reward_service.feedback.erasure import Expired, data_of, erase, expire
 from reward_service.feedback.overview import over_time, overview, reward_model_errors
 from reward_service.feedback.store import FeedbackStore
 from reward_service.feedback.tasks import Task, task_of_pair
@@ -105,6 +108,48 @@ def test_retention_ends_judgements_and_idle_accounts(store_location: str) -> Non
         assert (found.judgements, found.people) == (1, 1)
         assert store.comparisons() == [imported], "a data set is not a person"
         assert {a.annotator_id for a in store.annotators()} == {fresh, "data-set"}
+
+
+def test_retention_ends_what_was_never_finished(store_location: str) -> None:
+    """A flag that was undone, and two leases that nobody kept, one of which is still counted."""
+    then = time.time() - 800 * 86_400
+    config = PeopleConfig(repeat_share=0, gold_share=0, flags_to_withhold=1)
+    with FeedbackStore(store_location) as store:
+        clock = [then]
+        desk = Assignments(store, config, clock=lambda: clock[0], seed=0)
+        desk.add_tasks(tasks(3))
+        flagged, expired, leased, recent = (
+            people.invite(store.database, days=1)[0] for _ in "1234"
+        )
+        given = desk.next(flagged)
+        assert given is not None
+        desk.set_aside(
+            flagged, given.assignment_id, action="flag", reason="other", comment="no thanks"
+        )
+        assert desk.undo(flagged) is not None
+        assert desk.next(expired) is not None
+        clock[0] += 3 * 86_400
+        assert desk.next(leased) is not None  # the leases before it expire with this
+        clock[0] = time.time()
+        store.database.write(lambda c: _ended_invitations(c, (flagged, expired, leased), then))
+        assert sorted(rows_of(store, schema.assignments, "state")) == ["expired"] * 2 + ["leased"]
+        assert expire(store, 365) == Expired(judgements=0, people=3)
+        assert expire(store, 365) == Expired(judgements=0, people=0)
+        assert {a.annotator_id for a in store.annotators()} == {recent}
+        for table in (schema.assignments, schema.actions):
+            assert rows_of(store, table, "annotator_id") == []
+        assert rows_of(store, schema.tasks, "taken") == [0, 0, 0]
+        assert desk.next(recent) is not None
+
+
+def rows_of(store: FeedbackStore, table: Table, column: str) -> list[Any]:
+    return store.database.read(lambda c: list(c.execute(select(table.c[column])).scalars()))
+
+
+def _ended_invitations(connection: Connection, names: Sequence[str], then: float) -> None:
+    own = schema.invites.c.annotator_id.in_(names)
+    old = "2020-01-01T00:00:00.000+00:00"
+    connection.execute(update(schema.invites).where(own).values(created_at=old, expires_at=then))
 
 
 def test_the_reward_models_errors_are_read_from_the_run(tmp_path: Path) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
+from reward_service.feedback.page import serve
 from reward_service.feedback.page.serve import SECRET_VARIABLE, page_secret
 from tests.reward_service.page_load import run
 
@@ -23,6 +27,25 @@ def test_people_at_once_and_a_kill_lose_nothing(store_location: str, tmp_path: P
     assert found["over_overlap"] == 0
     # One that was stored may have been killed before its acknowledgement.
     assert found["acknowledged"] <= found["stored"] <= found["acknowledged"] + 8
+
+
+def test_retention_outlives_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    end = threading.Event()
+    turns: list[int] = []
+
+    def expire(store: object, days: int) -> None:
+        turns.append(days)
+        if len(turns) == 1:
+            raise OperationalError("DELETE", {}, Exception("database is locked"))
+        end.set()
+
+    monkeypatch.setattr(serve, "expire", expire)
+    monkeypatch.setattr(serve, "EXPIRE_EVERY_S", 0.001)
+    serve._keep_retention(SimpleNamespace(), 30, end)  # type: ignore[arg-type]
+    assert turns == [30, 30]
+    assert "database is locked" in caplog.text
 
 
 def test_the_secret_is_kept_for_its_owner_or_given(

@@ -28,6 +28,15 @@ from reward_service.feedback.privacy import luhn, mask, scan
         ("+86 138 0013 8000", "[chinese_mobile]"),
         ("call +44 20 7946 0958 or (415) 555-2671", "call [phone] or [phone]"),
         ("Tel. 030/123456-78", "Tel. [phone]"),
+        ("call +1.555.123.4567 or 555.123.4567.", "call [phone] or [phone]."),
+        ("Tél.01.23.45.67.89, +33 (0)1.23.45.67.89", "Tél.[phone], [phone]"),
+        ("(415) 555.2671 or +1 (415) 555.2671", "[phone] or [phone]"),
+        ("write to info@müller.de or müller@example.de", "write to [email] or [email]"),
+        (
+            "почта@пример.рф, info@例子.中国 and a@xn--mller-kva.xn--p1ai",
+            "[email], [email] and [email]",
+        ),
+        ("发到li@example.cn谢谢", "发到[email]谢谢"),
         ("a@b.org and a@b.org", "[email] and [email]"),
     ],
 )
@@ -43,6 +52,8 @@ def test_personal_data_is_masked(text: str, masked: str) -> None:
         "110105194912310021",  # wrong check digit of an identity number
         "GB82 WEST 1234 5698",
         "version 1.2.3 and 300.1.1.1",
+        "pi is 3.14159, +3.14159265 or 3.14159265358979; version 10.0.19041.1234",
+        "on 01.02.2024, 2024.12.31 and 01.02.24; 1.234.567.890 people, +12.5 or 1,234.5678",
         "user@localhost, @handle, a@b",
         "ISBN 978 has 3 parts; order 12345678 came",
         "std::vector<int> and 12:30",

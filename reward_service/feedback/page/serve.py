@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -16,6 +17,8 @@ from reward_service.feedback.erasure import expire
 from reward_service.feedback.page.app import create_app
 from reward_service.feedback.people import invite_again
 from reward_service.feedback.store import FeedbackStore
+
+logger = logging.getLogger(__name__)
 
 ADMINISTRATOR = "administrator"
 SECRET_VARIABLE = "RLHF_PAGE_SECRET"
@@ -106,6 +109,9 @@ def _shown_host(host: str) -> str:
 
 def _keep_retention(store: FeedbackStore, days: int, end: threading.Event) -> None:
     while True:
-        expire(store, days)
+        try:
+            expire(store, days)
+        except Exception:  # a database that is away for a while must not end retention for good
+            logger.exception("what is over its time was not deleted; tried again in an hour")
         if end.wait(EXPIRE_EVERY_S):
             return
