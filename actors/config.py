@@ -121,7 +121,9 @@ class EngineConfig(StrictConfig):
     tensor_parallel_size: int = Field(1, ge=1)
     enforce_eager: bool = Field(True, description="False lets vLLM compile (slower start)")
     weight_transfer: Literal["ray", "nccl"] = Field(
-        "ray", description="ray: through the object store; nccl: GPU to GPU"
+        "ray",
+        description="ray: through the object store; nccl: from GPU to GPU, for a trainer of your"
+        " own that drives RolloutPool.handles, not for a run of rlhf",
     )
 
 
@@ -132,7 +134,8 @@ class RolloutConfig(StrictConfig):
     min_actors: int | None = Field(
         None,
         ge=1,
-        description="as few may generate while others are lost or lack room; default: num_actors",
+        description="as few may generate while others are lost or lack room that learners and"
+        " reward replicas do not need; default: num_actors",
     )
     max_actors: int | None = Field(
         None,

@@ -6,8 +6,9 @@ confirmation says so. A worker that is lost is started anew, wherever there is r
 the fleet's current weights before it serves.
 
 How many there are follows the cluster. ``num_actors`` are always asked for, which is what an
-autoscaler sees; while ``min_actors`` of them serve, the others may be away. Up to ``max_actors``
-are there as long as nodes have room for them. Workers leave a node that is being drained at once.
+autoscaler sees; while ``min_actors`` of them serve, the others may be away, and come when there is
+room that nothing else of the run needs. Up to ``max_actors`` are there as long as nodes have such
+room. Workers leave a node that is being drained at once.
 
 Nothing here runs in the background: the owner calls :meth:`Fleet.check`, :meth:`Fleet.respawn` and
 :meth:`Fleet.wait` in turn. The last advances the workers and returns what has arrived.
@@ -32,6 +33,7 @@ from actors.generation import EngineLost
 from actors.nodes import Nodes, compare, read_nodes, room, why_leave
 from actors.processes import brief, end
 from actors.rollout_actor import EngineInfo, RolloutActor
+from actors.room_requests import RoomRequests
 from actors.weights import (
     UpdateConfirmation,
     WeightError,
@@ -41,8 +43,13 @@ from actors.weights import (
 )
 from actors.worker import Event, State, Worker, judge_silence
 
+COMING = State.RESTARTING, State.STALE, State.HEALTHY, State.SUSPECT
+"""Those that serve or will without being started."""
+
 LOOK_EVERY_S = 1.0
 """How often the nodes of the cluster are looked at: one call to its control store."""
+SETTLE_S = 2.0
+"""How long nodes may not show yet what was started, ended or given back."""
 ASK_EVERY_S = 2.0
 """How long a worker that has samples may be silent before it is asked whether it lives."""
 REST_S = 30.0
@@ -53,7 +60,7 @@ class Fleet:
     """All workers of one pool. Not thread-safe.
 
     Args:
-        reserve: Resources of the cluster that extra workers leave to others.
+        reserve: Resources of the cluster that workers beyond ``min_actors`` leave to others.
         tell: Called with a sentence for every worker that is lost, and that joins.
         look: Replaced in tests.
     """
@@ -85,6 +92,8 @@ class Fleet:
         self._look = look
         self._nodes: Nodes = {}
         self._looked = -LOOK_EVERY_S
+        self._moved = -SETTLE_S  # when this fleet last took or gave back room
+        self._requests = RoomRequests(self._ask)
 
     def of_state(self, *states: State) -> list[Worker]:
         return [worker for worker in self.workers if worker.state in states]
@@ -94,8 +103,10 @@ class Fleet:
         """Whether as many have the current weights as must."""
         return len(self.of_state(State.HEALTHY, State.SUSPECT)) >= self._config.fewest_actors
 
-    def bring_up(self) -> None:
+    def bring_up(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Return when all workers serve or, where fewer may, those that are not being started.
+
+        False when ``stop``, looked at about once a second, ended the wait for them.
 
         Raises:
             TimeoutError: a worker was not ready in time.
@@ -108,26 +119,34 @@ class Fleet:
             hope = self.of_state(State.RESTARTING) and not self._weights_lost
             if not self.of_state(State.STALE) and (self.enough or not hope):
                 break
+            if stop():
+                return False
             self.wait([], 1.0)
         if not self.enough:
             raise self._refusal()
+        return True
 
     def check(self) -> None:
-        """Give up workers whose node is gone or leaves."""
+        """Give up workers whose node is gone or leaves, and free what was asked for and is there,
+        to see whose it is."""
         if time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._nodes, self._looked = self._look(), time.monotonic()
         for worker in self.workers:
             if worker.info is not None and (why := why_leave(self._nodes, worker.info.node_id)):
                 self.lose(worker, f"{worker.name}: {why}", blameless=True)
+        if self._requests.give_back():
+            self._moved = time.monotonic()
 
     def respawn(self) -> None:
-        """Start every dead worker anew, and more while there is room; returns at once.
+        """Start dead workers anew, those beyond the fewest and more while there is room; returns at
+        once.
 
         Raises:
             RuntimeError: one died too often in a row, and too few others serve.
             Exception: what it died of, when a restart would not mend that.
         """
+        waiting = []
         for worker in self.of_state(State.DEAD):
             error, failures = worker.error, worker.failures
             mendable = error is None or isinstance(error, RayError | EngineLost)
@@ -137,7 +156,10 @@ class Fleet:
             elif others >= self._config.fewest_actors and time.monotonic() < worker.rests_until:
                 continue
             elif mendable and failures <= self._config.max_retries:
-                self._spawn(worker)
+                if len(self.of_state(*COMING)) < self._config.fewest_actors:
+                    self._spawn(worker)
+                else:
+                    waiting.append(worker)
             elif others >= self._config.fewest_actors:
                 worker.error, worker.failures = None, self._config.max_retries  # one more try
                 worker.rests_until = time.monotonic() + REST_S
@@ -150,7 +172,13 @@ class Fleet:
                     f"{worker.name} failed {failures} times in a row (rollout.max_retries is"
                     f" {self._config.max_retries}); last: {worker.reason}"
                 ) from error
+        self._place(waiting)
         self._grow()
+
+    def withdraw(self) -> None:
+        """Ask for no room until the next :meth:`respawn`."""
+        self._requests.keep(0)
+        self._moved = time.monotonic()
 
     def require_hope(self) -> None:
         """Raise when no worker serves or is about to.
@@ -258,16 +286,37 @@ class Fleet:
         self.losses += 1
         self._tell(f"lost: {reason}")
         end([worker], timeout_s=10.0)
+        self._moved = time.monotonic()
 
     def shutdown(self, timeout_s: float = 20.0) -> None:
         """End every actor and return when the processes of this node are gone."""
         if not ray.is_initialized():
             return  # they went with it
+        self.withdraw()
         alive = [worker for worker in self.workers if worker.handle is not None]
         for worker in alive:
             worker.state, worker.reason, worker.pending = State.DEAD, "shut down", None
         if left := end(alive, timeout_s):
             raise TimeoutError(f"rollout actors with process ids {left} live on")
+
+    def _place(self, waiting: Sequence[Worker]) -> None:
+        """Start as many of those beyond the fewest as there is room for, and ask for the others.
+
+        Nothing is asked for while one would fit into what is kept for others: it would get that.
+        """
+        if self._looked < self._moved + SETTLE_S:
+            return
+        fit = room(self._nodes, self._ask, {}, 0)
+        present = len(self.workers) - len(self.of_state(State.DEAD))
+        started = waiting[: room(self._nodes, self._ask, self._reserve, present)]
+        for worker in started:
+            self._spawn(worker)
+        self._request(len(waiting) - len(started) if len(started) == fit else 0)
+
+    def _request(self, count: int) -> None:
+        if count and not self._requests:
+            self._tell(f"{count} more of the wanted actors wait for room. {compare(self._ask)}")
+        self._requests.keep(count)
 
     def _grow(self) -> None:
         """Start as many more workers as there is room for, once all others have theirs."""
@@ -297,7 +346,8 @@ class Fleet:
         worker.on(Event.SPAWNED)
         worker.error = None
         worker.pending = worker.handle.start.remote()
-        worker.deadline = time.monotonic() + config.start_timeout_s
+        self._moved = time.monotonic()
+        worker.deadline = self._moved + config.start_timeout_s
 
     def _load(self, worker: Worker, refusal: str = "") -> None:
         """Give a worker the current weights; ``refusal`` is why it has refused them before."""

@@ -11,7 +11,7 @@ actor dies is sampled again elsewhere, with the same seed and so with the same t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,8 +36,7 @@ class RolloutPool:
         model_dir: Hugging Face directory with safetensors weights and a tokenizer, readable by
             every node that actors run on.
         name: Actors are called ``name-0``, ``name-1``, ... in Ray's dashboard and logs.
-        reserve: Resources of the cluster that a pool which grows (``max_actors``) leaves to
-            others.
+        reserve: Resources of the cluster that actors beyond ``min_actors`` leave to others.
         tell: Called with a sentence when an actor is lost, comes back, joins or leaves.
     """
 
@@ -63,15 +62,17 @@ class RolloutPool:
         self._version = 0
         self._generating = False
 
-    def start(self) -> None:
+    def start(self, stop: Callable[[], bool] = lambda: False) -> bool:
         """Start the actors; returns when all of them can generate, or as many as must.
+
+        False when ``stop``, looked at about once a second, ended the wait for them.
 
         Raises:
             FileNotFoundError: the model directory lacks something.
             RuntimeError: vLLM is missing, cannot serve the model, or keeps dying.
             TimeoutError: an actor was not ready within ``start_timeout_s``.
         """
-        self._fleet.bring_up()
+        return self._fleet.bring_up(stop)
 
     def __enter__(self) -> Self:
         try:
@@ -138,7 +139,7 @@ class RolloutPool:
         progress: Progress | None = None,
         busy: Busy | None = None,
         stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[Trajectory | SampleFailure]:
+    ) -> Generator[Trajectory | SampleFailure]:
         """Sample ``samples_per_prompt`` responses to each prompt.
 
         Yields one record for each sample as soon as it is there. Closing the iterator early
@@ -150,7 +151,7 @@ class RolloutPool:
             progress: Called with the numbers of samples done and asked for.
             busy: Told in the end when each actor worked.
             stop: Looked at about once a second; when it is true the iterator ends early, as if it
-                were closed.
+                were closed. So does the wait for actors that are brought up before.
 
         Raises:
             ValueError: a prompt fills the context or holds an id outside the vocabulary; raised
@@ -160,8 +161,8 @@ class RolloutPool:
             TimeoutError: an actor could not be brought back in time.
         """
         self._require_idle("generate")
-        self._fleet.bring_up()
-        self.check_prompts(prompts)
+        if self._fleet.bring_up(stop):
+            self.check_prompts(prompts)
         generation = Generation(
             prompts,
             sampling,
@@ -243,6 +244,11 @@ class RolloutPool:
             by_index.update(zip(share, answer, strict=True))
         return [by_index[i] for i in range(len(sequences))]
 
+    def withdraw(self) -> None:
+        """Ask Ray for no more room, until actors are looked after again: before the caller waits
+        for room for others, which a request of this pool could be granted instead."""
+        self._fleet.withdraw()
+
     def shutdown(self) -> None:
         """End the actors; returns when their processes are gone. May be called again."""
         self._fleet.shutdown()
@@ -279,7 +285,7 @@ class RolloutPool:
         progress: Progress | None,
         busy: Busy | None,
         stop: Callable[[], bool],
-    ) -> Iterator[Trajectory | SampleFailure]:
+    ) -> Generator[Trajectory | SampleFailure]:
         self._require_idle("generate")
         self._generating = True
         try:

@@ -25,7 +25,7 @@ from cluster.resources import (
     stop_listening_to_ray,
     wait_for_room,
 )
-from cluster.stop import StopRequest
+from cluster.stop import Stopped, StopRequest
 from learner.group import PPOLearners
 from reward_service.config import RewardConfig, RewardTerm
 from reward_service.rewards import Reward, build_reward
@@ -33,9 +33,19 @@ from reward_service.service import RewardService
 
 
 class Session:
-    """Owns what a run has started; leaving the ``with`` block ends all of it, newest first."""
+    """Owns what a run has started; leaving the ``with`` block ends all of it, newest first.
+
+    Raises:
+        ValueError: The configuration asks for weights by NCCL, which nothing here sends.
+    """
 
     def __init__(self, config: RunConfig, reporter: Reporter, stop: StopRequest) -> None:
+        if config.rollout.engine.weight_transfer != "ray":
+            raise ValueError(
+                "rollout.engine.weight_transfer is 'nccl', which is for a trainer of your own that"
+                " drives RolloutPool.handles; the weights of a run go through Ray's object store:"
+                " leave it out, or set it to 'ray'"
+            )
         self._config = config
         self._reporter = reporter
         self._stop = stop
@@ -64,7 +74,11 @@ class Session:
         self._pool = self._loaded = self._service = None
 
     def rollouts(self, model: Path) -> RolloutPool:
-        """The pool, generating from the weights of ``model`` as version 0 (no PPO step yet)."""
+        """The pool, generating from the weights of ``model`` as version 0 (no PPO step yet).
+
+        Raises:
+            Stopped: Somebody asked for it while room was awaited or the actors were starting.
+        """
         self._make_room(actors=True)
         return self._rollouts(model)
 
@@ -85,6 +99,8 @@ class Session:
     ) -> None:
         """Connect, and wait for room for what is about to start and is not there yet."""
         self._connect()
+        if self._pool is not None:
+            self._pool.withdraw()
         wait_for_room(
             asks(
                 self._config,
@@ -106,7 +122,8 @@ class Session:
                 tell=self._reporter.warn,
             )
             self._stack.callback(pool.shutdown)
-            pool.start()
+            if not pool.start(self._stop):
+                raise Stopped("while rollout actors were starting; go on with --resume")
             self._pool, self._loaded = pool, model
         elif self._loaded != model:
             self._pool.load_checkpoint(model, version=0)

@@ -1,20 +1,26 @@
-"""What a fleet does about losses, drained nodes and room: no Ray, processes are names."""
+"""What a fleet does about losses, drained nodes and room. Processes are names and there is no Ray,
+but for the tests at the end."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 import actors.fleet
-from actors.config import EngineConfig, RolloutConfig
-from actors.fleet import REST_S, Fleet
+from actors.config import EngineConfig, RolloutConfig, SamplingConfig
+from actors.fleet import REST_S, SETTLE_S, Fleet
 from actors.nodes import Node
+from actors.rollout import RolloutPool
 from actors.weights import WeightError, WeightsLost
 from actors.worker import Event, State, Worker
+from tests.actors.stand_in import StandIn, prompts
 
 
 class PaperFleet(Fleet):
@@ -24,6 +30,9 @@ class PaperFleet(Fleet):
         self.cpus = nodes
         self.drained: set[str] = set()
         self.told: list[str] = []
+        self.requested = self.waits = 0
+        self.learners = 0
+        """CPUs of node ``a`` that learners hold now."""
         super().__init__(
             Path("model"),
             RolloutConfig(**config),
@@ -42,18 +51,30 @@ class PaperFleet(Fleet):
         }
 
     def free(self, node: str) -> float:
-        return self.cpus[node] - sum(
-            w.info is not None and w.info.node_id == node for w in self.workers
-        )
+        taken = sum(w.info is not None and w.info.node_id == node for w in self.workers)
+        return self.cpus[node] - taken - (self.learners if node == "a" else 0)
 
     def _spawn(self, worker: Worker) -> None:
         worker.on(Event.SPAWNED)
+        self._moved = time.monotonic()
 
-    def settle(self) -> dict[str, str]:
-        """One turn of the owner; then those that find room come up. Node by name of worker."""
-        self._looked = -1e9
+    def _request(self, count: int) -> None:
+        self.requested = count
+
+    def wait(self, streams: Sequence[Any], timeout_s: float) -> list[Any]:
+        self.waits += 1
+        assert self.waits < 99, "it waits for ever"
+        return []
+
+    def turn(self) -> None:
+        """One of the owner, a while later: the nodes show all that was before."""
+        self._looked, self._moved = -1e9, self._moved - SETTLE_S
         self.check()
         self.respawn()
+
+    def settle(self) -> dict[str, str]:
+        """A turn; then those that find room come up. Node by name of worker."""
+        self.turn()
         for worker in self.of_state(State.RESTARTING):
             nodes = [n for n in self.cpus if n not in self.drained and self.free(n) >= 1]
             if nodes:
@@ -89,20 +110,64 @@ def test_a_worker_without_room_does_not_end_what_others_do() -> None:
     fleet = PaperFleet({"a": 1}, num_actors=2, min_actors=1)
     fleet.settle()
     assert fleet.enough
-    waiting = fleet.workers[1]
-    assert waiting.state is State.RESTARTING  # asked of Ray, so that an autoscaler sees it
-    fleet.lose(waiting, "w-1 was not ready within 300 s", TimeoutError("no room"))
-    fleet.respawn()
-    assert waiting.state is State.DEAD
-    assert fleet.told[-1] == f"1 others serve; w-1 is tried again in {REST_S:g} s"
-    waiting.rests_until = 0.0
+    assert fleet.settle() == {"w-0": "a"}
+    assert fleet.workers[1].state is State.DEAD
+    assert fleet.requested == 1  # so that an autoscaler sees it
     fleet.cpus["b"] = 1
     assert fleet.settle() == {"w-0": "a", "w-1": "b"}
+    fleet.settle()
+    assert fleet.requested == 0
+
+
+def test_a_worker_that_cannot_be_built_rests_while_others_serve() -> None:
+    fleet = PaperFleet({"a": 2}, num_actors=2, min_actors=1)
+    fleet.settle()
+    assert fleet.settle() == {"w-0": "a", "w-1": "a"}
+    broken = fleet.workers[1]
+    fleet.lose(broken, "w-1 was not ready within 300 s", TimeoutError("slow"))
+    fleet.respawn()
+    assert broken.state is State.DEAD
+    assert fleet.told[-1] == f"1 others serve; w-1 is tried again in {REST_S:g} s"
+    broken.rests_until = 0.0
+    assert fleet.settle() == {"w-0": "a", "w-1": "a"}
     assert fleet.told[-1] == "w-1 serves, with weight version 0"
+
+
+def test_those_beyond_the_fewest_leave_the_room_of_learners_that_are_not_up() -> None:
+    """Four CPUs, two of them for learners, which start later: four are wanted, two must serve."""
+    fleet = PaperFleet({"a": 4}, reserve=2, num_actors=4, min_actors=2)
+    for _ in range(3):
+        assert fleet.settle().keys() == {"w-0", "w-1"}
+    assert fleet.requested == 0  # it would be given the learners' room
+    fleet.learners = 2
+    fleet.settle()
+    assert fleet.requested == 2
+    died(fleet.workers[0], fleet)  # one of the fewest does not wait
+    fleet.respawn()
+    assert fleet.workers[0].state is State.RESTARTING
+    fleet.settle()
+    fleet.cpus["b"] = 1
+    assert fleet.settle().keys() == {"w-0", "w-1", "w-2"}
+    assert fleet.settle().keys() == {"w-0", "w-1", "w-2"}
+    assert fleet.requested == 1
+    fleet.learners = 0
+    assert fleet.settle().keys() == {"w-0", "w-1", "w-2"}
+    assert fleet.requested == 0
+
+
+def test_room_is_looked_at_again_after_what_was_started_in_it_is_seen() -> None:
+    fleet = PaperFleet({"a": 4}, num_actors=3, min_actors=1)
+    fleet.check()
+    fleet.respawn()
+    fleet.respawn()
+    assert [w.state for w in fleet.workers] == [State.RESTARTING, State.DEAD, State.DEAD]
+    fleet.settle()
+    assert len(fleet.of_state(State.HEALTHY)) == 3
 
 
 def test_nobody_rests_when_too_few_serve() -> None:
     fleet = PaperFleet({"a": 2}, num_actors=2, min_actors=1)
+    fleet.settle()
     fleet.settle()
     one, other = fleet.workers
     one.rests_until = 1e12
@@ -111,16 +176,20 @@ def test_nobody_rests_when_too_few_serve() -> None:
     assert one.state is State.DEAD
     died(other, fleet)
     fleet.respawn()
-    assert [one.state, other.state] == [State.RESTARTING, State.RESTARTING]
+    assert one.state is State.RESTARTING
+    fleet.settle()
+    assert [one.state, other.state] == [State.HEALTHY, State.HEALTHY]
 
 
 def test_a_worker_that_keeps_dying_ends_a_pool_that_needs_it() -> None:
     for fewest in (2, 1):
         fleet = PaperFleet({"a": 2}, num_actors=2, min_actors=fewest, max_retries=2)
         fleet.settle()
+        fleet.settle()
         for _ in range(2):
             died(fleet.workers[1], fleet)
-            fleet.respawn()
+            fleet.turn()
+            assert fleet.workers[1].state is State.RESTARTING
         died(fleet.workers[1], fleet)
         if fewest == 1:
             fleet.respawn()
@@ -155,7 +224,8 @@ def test_nobody_more_is_started_while_one_waits_for_room() -> None:
     fleet = PaperFleet({"a": 1}, num_actors=2, min_actors=1, max_actors=4)
     fleet.settle()
     fleet.settle()
-    assert [w.state for w in fleet.workers] == [State.HEALTHY, State.RESTARTING]
+    assert [w.state for w in fleet.workers] == [State.HEALTHY, State.DEAD]
+    assert fleet.requested == 1
 
 
 def test_workers_leave_a_node_that_is_drained_without_blame() -> None:
@@ -187,6 +257,7 @@ def test_who_is_cut_off_is_not_to_blame(error: Exception, blameless: bool) -> No
 def test_weights_that_are_gone_are_no_corrupt_weights() -> None:
     fleet = PaperFleet({"a": 2}, num_actors=2, min_actors=1)
     fleet.settle()
+    fleet.settle()
     for worker, error in zip(
         fleet.workers, (WeightError("corrupt"), WeightsLost("gone")), strict=True
     ):
@@ -205,3 +276,98 @@ def test_bounds_must_fit() -> None:
     with pytest.raises(ValueError, match="'nccl' reaches the actors that there are"):
         RolloutConfig(max_actors=2, engine=EngineConfig(weight_transfer="nccl"))
     assert RolloutConfig(num_actors=3).fewest_actors == RolloutConfig(num_actors=3).most_actors == 3
+
+
+def test_the_wait_for_workers_ends_when_asked() -> None:
+    fleet = PaperFleet({"a": 1}, num_actors=2)
+    asked = iter([False, True])
+    assert not fleet.bring_up(lambda: next(asked))
+    fleet.settle()
+    fleet.cpus["a"] = 2
+    fleet.settle()
+    assert fleet.bring_up(lambda: True)  # nothing is waited for
+
+
+def test_a_generation_that_waits_for_workers_ends_when_asked(tmp_path: Path) -> None:
+    """As one does that was stopped before its first sample."""
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(b"{}")
+    pool = RolloutPool(tmp_path, RolloutConfig(num_actors=2))
+    fleet = pool._fleet = PaperFleet({"a": 1}, num_actors=2)
+    fleet.settle()
+    asked = iter([False, True, True])
+    sampling = SamplingConfig(max_new_tokens=8)
+    samples = pool.generate(
+        prompts(3, 0), sampling, run_seed=0, round_index=0, stop=lambda: next(asked)
+    )
+    assert list(samples) == []
+    assert fleet.waits == 1
+    assert not pool.start(lambda: True)
+
+
+@pytest.fixture
+def one_actor_has_room(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Callable[..., Fleet], Callable[[], None]]]:
+    """What makes a fleet of stand-ins, on a Ray with room for one of them, and what frees room for
+    another."""
+    monkeypatch.undo()  # processes are real
+    monkeypatch.setattr(actors.fleet, "RolloutActor", StandIn)
+    deadline = time.monotonic() + 30  # whoever was here before may just be leaving
+    while ray.available_resources() != ray.cluster_resources() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    free = int(ray.available_resources()["CPU"])
+    groups = [ray.util.placement_group([{"CPU": cpus}]) for cpus in (free - 2, 1)]
+    assert all(group.wait(10) for group in groups)
+    fleets: list[Fleet] = []
+
+    def make(reserve: float) -> Fleet:
+        config = RolloutConfig(num_actors=2, min_actors=1)
+        fleets.append(Fleet(Path("model"), config, name="w", reserve={"CPU": reserve}))
+        return fleets[-1]
+
+    yield make, lambda: ray.util.remove_placement_group(groups[1])
+    for fleet in fleets:
+        fleet.shutdown()
+    assert requests() == []
+    for group in groups:
+        ray.util.remove_placement_group(group)
+
+
+def requests() -> list[str]:
+    """States of the placement groups that a fleet has asked for."""
+    tables = ray.util.placement_group_table().values()
+    waiting = [t for t in tables if t["state"] != "REMOVED" and t["bundles"] == {0: {"CPU": 1.0}}]
+    return sorted(t["state"] for t in waiting)
+
+
+def turns(fleet: Fleet, until: Callable[[], bool], timeout_s: float) -> bool:
+    end = time.monotonic() + timeout_s
+    while not until() and time.monotonic() < end:
+        fleet.check()
+        fleet.respawn()
+        fleet.wait([], 0.2)
+    return until()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_room_is_asked_of_ray_and_what_is_kept_for_others_is_given_back(
+    one_actor_has_room: tuple[Callable[..., Fleet], Callable[[], None]], kept: bool
+) -> None:
+    """An actor that waited in Ray would have taken what a learner has left."""
+    make, free_one = one_actor_has_room
+    total = ray.cluster_resources()["CPU"]
+    fleet = make(total - 1 if kept else 0)
+    assert fleet.bring_up()
+    assert turns(fleet, lambda: "PENDING" in requests(), 10)
+    free_one()
+    if kept:
+        free = turns(
+            fleet, lambda: not requests() and ray.available_resources().get("CPU") == 1, 30
+        )
+        assert free
+        assert not turns(fleet, lambda: fleet.workers[1].state is not State.DEAD, 5)
+    else:
+        assert turns(fleet, lambda: len(fleet.of_state(State.HEALTHY)) == 2, 60)
+    fleet.withdraw()
+    assert requests() == []
