@@ -311,7 +311,8 @@ class Fleet:
         started = waiting[: room(self._nodes, self._ask, self._reserve, present)]
         for worker in started:
             self._spawn(worker)
-        self._request(len(waiting) - len(started) if len(started) == fit else 0)
+        known = any(node.free for node in self._nodes.values())  # not through ray://
+        self._request(len(waiting) - len(started) if known and len(started) == fit else 0)
 
     def _request(self, count: int) -> None:
         if count and not self._requests:

@@ -129,12 +129,19 @@ def serve(
     "standard deviation 1. Default: scores are what the model says.",
 )
 @click.option(
+    "--chat-template",
+    is_flag=True,
+    help="Prompts of --reference are the user's turns of dialogues, as with data.chat_template.",
+)
+@click.option(
     "--append-eos",
     is_flag=True,
     help="The model reads its score at an EOS after the text (OpenRLHF's do), not where the chat "
     "template ends.",
 )
-def adopt(model: str, output: Path, reference: Path | None, append_eos: bool) -> None:
+def adopt(
+    model: str, output: Path, reference: Path | None, chat_template: bool, append_eos: bool
+) -> None:
     """Make a finished reward model from elsewhere ready for `rlhf serve` and PPO.
 
     MODEL is a Hugging Face directory or hub name of a scalar-head decoder: a
@@ -143,7 +150,7 @@ def adopt(model: str, output: Path, reference: Path | None, append_eos: bool) ->
 
     \b
     rlhf adopt owner/reward-model --output models/quality
-    rlhf adopt ./reward-model --output models/quality --reference sft.jsonl
+    rlhf adopt ./reward-model --output models/quality --reference sft.jsonl --chat-template
     rlhf serve --model quality=models/quality
     """
     import torch
@@ -153,10 +160,11 @@ def adopt(model: str, output: Path, reference: Path | None, append_eos: bool) ->
     from cluster.adopt import adopt_reward_model
     from cluster.hub import local_model
 
+    data = DataConfig(chat_template=chat_template)
     head = adopt_reward_model(
         local_model(model),
         output,
-        reference=[] if reference is None else load_demonstrations(str(reference), DataConfig()),
+        reference=[] if reference is None else load_demonstrations(str(reference), data),
         append_eos=append_eos,
         device="cuda" if torch.cuda.is_available() else "cpu",
         name=model,

@@ -120,7 +120,7 @@ def collect(work: Workplace) -> Summary:
 def reward(work: Workplace) -> Summary:
     from cluster.judgement import open_store, reference_samples, teaching_of
     from learner.reward_model import train_reward_model
-    from learner.supervised import OtherTrainingError
+    from learner.supervised import OtherDataError
 
     config = work.config
     assert config.reward_model is not None
@@ -142,10 +142,10 @@ def reward(work: Workplace) -> Summary:
     try:
         with work.watched("reward_model", output, resume=work.resume) as on_step:
             report = train(resume=work.resume, on_step=on_step)
-    except OtherTrainingError:  # people go on judging, and take back, at any time
+    except OtherDataError:  # people go on judging, and take back, at any time
         work.reporter.warn(
-            "the judgements (or the settings) are not those with which this training began: it "
-            "begins again, with what there is now"
+            "the judgements are not those with which this training began: it begins again, with "
+            "what there is now"
         )
         with work.watched("reward_model", output, resume=False) as on_step:
             report = train(resume=False, on_step=on_step)

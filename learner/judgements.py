@@ -55,6 +55,7 @@ class JudgedPair:
 
     item_id: str
     prompt_id: str
+    """The same for all pairs that show the same prompt, whatever ids their files gave them."""
     prompt: str
     messages: tuple[Message, ...]
     a: str
@@ -86,6 +87,21 @@ class Share:
     n: int
 
 
+class PromptGroups:
+    """Which items belong together when prompts, not items, are split and resampled.
+
+    Files that give no ``prompt_id`` have another one for each item: the prompt itself decides.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, str], str] = {}
+
+    def of(self, prompt_id: str, prompt: str, messages: Sequence[Message] = ()) -> str:
+        """The id under which this prompt was first seen."""
+        shown = "" if messages else prompt  # of a dialogue, the prompt is only its last turn
+        return self._first.setdefault((shown, repr(list(messages))), prompt_id)
+
+
 def judged_pairs(
     comparisons: Sequence[Comparison], teaching: Teaching | None = None
 ) -> list[JudgedPair]:
@@ -106,7 +122,8 @@ def judged_pairs(
                 )
             break
         judged[comparison.annotator.annotator_id] = comparison
-    pairs = []
+    pairs: list[JudgedPair] = []
+    prompts = PromptGroups()
     for item_id, judged in by_item.items():
         pair = next(iter(judged.values())).pair
         judgements = tuple(
@@ -121,7 +138,7 @@ def judged_pairs(
         pairs.append(
             JudgedPair(
                 item_id=item_id,
-                prompt_id=pair.prompt_id,
+                prompt_id=prompts.of(pair.prompt_id, pair.prompt, pair.messages),
                 prompt=pair.prompt,
                 messages=pair.messages,
                 a=pair.a.text,

@@ -26,6 +26,7 @@ from learner.judgements import (
     FloatArray,
     JudgedPair,
     Judgement,
+    PromptGroups,
     Teaching,
     accuracy_beside_judges,
     disagreements,
@@ -230,13 +231,14 @@ def _items(
     encoder: _Encoder,
 ) -> tuple[list[JudgedItem], int]:
     """Tokenised pairs and rated responses, and how many were longer than the context."""
+    prompts = PromptGroups()
     items = [
         JudgedItem(
             sequences=(
                 encoder.ids(pair.prompt, pair.messages, pair.a),
                 encoder.ids(pair.prompt, pair.messages, pair.b),
             ),
-            prompt_id=pair.prompt_id,
+            prompt_id=prompts.of(pair.prompt_id, pair.prompt, pair.messages),
             pair=pair,
         )
         for pair in judged
@@ -244,7 +246,7 @@ def _items(
     items += [
         JudgedItem(
             sequences=(encoder.ids(rated.prompt, (), rated.response),),
-            prompt_id=rated.prompt_id,
+            prompt_id=prompts.of(rated.prompt_id, rated.prompt),
             rated=rated,
         )
         for rated in rated_responses(ratings)

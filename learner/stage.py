@@ -28,13 +28,16 @@ def split(count: int, held_out_share: float, seed: int) -> tuple[IntArray, IntAr
 
 
 def identity_of(config: SupervisedConfig, seed: int, rows: Sequence[npt.NDArray[Any]]) -> str:
-    """Fingerprint of what decides the result, by which a state file is recognised."""
+    """Fingerprint of what decides the result, by which a state file is recognised.
+
+    ``<of settings and seed>.<of the data>``.
+    """
     settings = config.model_dump_json(exclude={"threads", "checkpoint_seconds"})
-    digest = hashlib.sha256(f"{settings}/{seed}/{len(rows)}".encode())
+    digest = hashlib.sha256(f"{len(rows)}".encode())
     for row in rows:
         digest.update(len(row).to_bytes(8, "big"))
         digest.update(row.tobytes())
-    return digest.hexdigest()
+    return f"{hashlib.sha256(f'{settings}/{seed}'.encode()).hexdigest()}.{digest.hexdigest()}"
 
 
 def finish(output_dir: Path, report: Any) -> None:

@@ -81,8 +81,8 @@ class TrainingResult:
     """Step whose weights were kept: the last, or the best on the held-out loss."""
 
 
-class OtherTrainingError(ValueError):
-    """The state to go on from is of a training with other data, settings or seed."""
+class OtherDataError(ValueError):
+    """The state to go on from is of a training with the same settings and seed, but other data."""
 
 
 def train(
@@ -331,9 +331,11 @@ class _Loop:
             return
         tensors, state = read_training_state(self.state_path, self.device)
         if state["identity"] != self.identity:
-            raise OtherTrainingError(
-                f"{self.state_path} belongs to a training with other data, seed or settings: "
-                "resume with the same ones, or start again without resume"
+            same_settings = state["identity"].split(".")[0] == self.identity.split(".")[0]
+            raise (OtherDataError if same_settings else ValueError)(
+                f"{self.state_path} belongs to a training with other "
+                f"{'data' if same_settings else 'data, seed or settings'}: resume with the same "
+                "ones, or start again without resume"
             )
         self._load_weights(below("model", tensors))
         load_moments(self.optimizer, self._names(), below("moments", tensors))

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 LOAD_ERRORS = (ValueError, OSError, RuntimeError)
 NAMESPACE = b"rlhf_reward_service"
+NOT_LOADED_S = 1.0
+"""How long a replica without a model keeps a call: one that failed at once would always have the
+shortest queue, and be asked again before those that can answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,10 @@ class ReloadTarget:
     @staticmethod
     def forget(prefix: str) -> None:
         internal_kv._internal_kv_del(prefix, del_by_prefix=True, namespace=NAMESPACE)
+
+
+class OtherVersionError(ValueError):
+    """A directory no longer holds the version that the other replicas serve."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +112,9 @@ class ModelReplica:
             try:
                 self._use(await self._load(directory, version))
                 return
+            except OtherVersionError as error:
+                self._refuse(str(error))
+                return  # two versions side by side are worse than a replica less
             except LOAD_ERRORS as error:
                 self._refuse(str(error))
 
@@ -114,6 +124,7 @@ class ModelReplica:
         """Score a list in order. An item that cannot be encoded never joins a batch."""
         loaded = self._loaded
         if loaded is None:
+            await asyncio.sleep(NOT_LOADED_S)
             raise NotLoaded(self._error)
         model = loaded.model
         inputs, errors = await asyncio.to_thread(
@@ -206,7 +217,7 @@ class ModelReplica:
         """Raises one of ``LOAD_ERRORS``, also when it is not the version that was wanted."""
         model = await asyncio.to_thread(_load_model, self._name, directory, self._config)
         if version and model.version != version:
-            raise ValueError(
+            raise OtherVersionError(
                 f"{directory} was changed after it was loaded elsewhere: it is version "
                 f"{model.version} now, the other replicas serve {version}; load it again"
             )

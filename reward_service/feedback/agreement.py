@@ -143,16 +143,27 @@ def bootstrap_interval(
     seed: int,
     resamples: int = 500,
     confidence: float = 0.95,
+    clusters: Sequence[str] | None = None,
 ) -> tuple[float, float] | None:
     """Percentile interval of a measure over resampled items; ``None`` where it is undefined.
 
     Args:
         items: ``[N, ...]`` counts or codes; rows are resampled.
+        clusters: ``[N]`` which rows come together, as what one look at a task has given; whole
+            clusters are resampled then. Default: each row is one.
     """
     rng = np.random.default_rng(seed)
+    rows = None
+    if clusters is not None:
+        names, number = np.unique(np.array(clusters), return_inverse=True)
+        rows = [np.flatnonzero(number == i) for i in range(len(names))]
+    count = len(items) if rows is None else len(rows)
     values = []
     for _ in range(resamples):
-        value = measure(items[rng.integers(0, len(items), len(items))])
+        chosen = rng.integers(0, count, count)
+        if rows is not None:
+            chosen = np.concatenate([rows[i] for i in chosen])
+        value = measure(items[chosen])
         if value is not None:
             values.append(value)
     if len(values) < resamples / 2:

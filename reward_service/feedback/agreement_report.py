@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,17 +20,21 @@ from reward_service.feedback.agreement import (
     krippendorff_alpha,
     mean_cohen_kappa,
     percent_agreement,
-    wilson_interval,
 )
 from reward_service.feedback.agreement_words import reading, summary
 from reward_service.feedback.judges import Quality
 from reward_service.feedback.store import FeedbackStore
+from reward_service.intervals import share, wilson
 
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
 
 
 def agreement_report(
-    comparisons: Sequence[Comparison], *, quality: Quality | None = None, seed: int = 0
+    comparisons: Sequence[Comparison],
+    *,
+    quality: Quality | None = None,
+    tasks: Mapping[str, str] | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Everything that is worth knowing of a set of judgements, as JSON-able values.
 
@@ -39,6 +43,8 @@ def agreement_report(
 
     Args:
         quality: True quality of (prompt_id, response text), where the data has one.
+        tasks: item id -> the task that it was judged in, where one task gives several items: these
+            depend on each other, so intervals are over tasks, and ``n`` counts tasks.
 
     Returns:
         ``comparisons``, ``items``, ``judges`` counts; ``choices`` count of each; ``percent``,
@@ -52,6 +58,8 @@ def agreement_report(
     codes, graded = _codes(items), _graded(items)
     labels = max(2, int(codes.max(initial=0)) + 1)
     counts = counts_of_codes(codes, labels)
+    tasks = tasks or {}
+    judged_in = [tasks.get(item, item) for item in items] if tasks else None
     others = _against_others(items)
     report: dict[str, Any] = {
         "comparisons": sum(len(votes) for votes in items.values()),
@@ -61,23 +69,24 @@ def agreement_report(
             choice: sum(c.choice == choice for votes in items.values() for c in votes.values())
             for choice in CHOICES
         },
-        "percent": measured("percent", counts, percent_agreement, seed),
-        "cohen": measured("cohen", codes, mean_cohen_kappa, seed, resamples=200),
-        "fleiss": measured("fleiss", counts, fleiss_kappa, seed),
-        "alpha": measured("alpha", counts, krippendorff_alpha, seed),
+        "percent": measured("percent", counts, percent_agreement, seed, tasks=judged_in),
+        "cohen": measured("cohen", codes, mean_cohen_kappa, seed, resamples=200, tasks=judged_in),
+        "fleiss": measured("fleiss", counts, fleiss_kappa, seed, tasks=judged_in),
+        "alpha": measured("alpha", counts, krippendorff_alpha, seed, tasks=judged_in),
         "graded_alpha": measured(
             "graded_alpha",
             counts_of_codes(graded, 7),
             lambda c: krippendorff_alpha(c, "ordinal"),
             seed,
+            tasks=judged_in,
         ),
-        "ac1": measured("ac1", counts, gwet_ac1, seed),
-        "leave_one_out": _share([hit for hits in others.values() for hit in hits]),
+        "ac1": measured("ac1", counts, gwet_ac1, seed, tasks=judged_in),
+        "leave_one_out": _share([hit for hits in others.values() for hit in hits], tasks),
         "per_judge": [
-            _judge_report(name, items, others[name])
+            _judge_report(name, items, others[name], tasks)
             for name in sorted({name for votes in items.values() for name in votes})
         ],
-        "majority_accuracy": None if quality is None else _accuracy(items, quality),
+        "majority_accuracy": None if quality is None else _share(_right(items, quality), tasks),
     }
     report["summary"] = summary(report)
     return report
@@ -88,8 +97,10 @@ def store_report(store: FeedbackStore, *, seed: int = 0) -> dict[str, Any]:
 
     ``rankings`` is their count and ``ratings`` the ``rating_report``; the summary names both.
     """
-    report = agreement_report(store.preferences(), seed=seed) | {
-        "rankings": len(store.rankings()),
+    rankings = store.rankings()
+    tasks = {c.pair.item_id: r.item_id for r in rankings for c in r.comparisons()}
+    report = agreement_report(store.preferences(), tasks=tasks, seed=seed) | {
+        "rankings": len(rankings),
         "ratings": rating_report(store.ratings(), seed=seed),
     }
     return report | {"summary": summary(report)}
@@ -171,28 +182,43 @@ def measured(
     seed: int,
     *,
     resamples: int = 500,
+    tasks: Sequence[str] | None = None,
 ) -> dict[str, Any] | None:
-    """A coefficient with its interval and how to read it; ``None`` where it is undefined."""
+    """A coefficient with its interval and how to read it; ``None`` where it is undefined.
+
+    Args:
+        tasks: ``[N]`` the task that each item was judged in; default: each is one of its own.
+    """
     value = measure(items) if len(items) else None
     if value is None:
         return None
-    interval = bootstrap_interval(items, measure, seed=seed, resamples=resamples)
+    interval = bootstrap_interval(items, measure, seed=seed, resamples=resamples, clusters=tasks)
     counted = (items >= 0).sum(axis=1) if name == "cohen" else items.sum(axis=1)
+    shared = np.flatnonzero(counted >= 2).tolist()
     low, high = interval if interval is not None else (None, None)
     return {
         "value": value,
         "low": low,
         "high": high,
-        "n": int((counted >= 2).sum()),
+        "n": len(shared) if tasks is None else len({tasks[i] for i in shared}),
         "reading": reading(name, value),
     }
 
 
-def _share(hits: Sequence[float]) -> dict[str, Any] | None:
+Hit = tuple[str, float]
+"""(item id, a value in [0, 1])"""
+
+
+def _share(hits: Sequence[Hit], tasks: Mapping[str, str]) -> dict[str, Any] | None:
+    """A share whose interval is over tasks, where one has given several items."""
     if not hits:
         return None
-    low, high = wilson_interval(sum(hits), len(hits))
-    return {"value": sum(hits) / len(hits), "low": low, "high": high, "n": len(hits)}
+    by_task: dict[str | int, list[float]] = {}
+    for number, (item, value) in enumerate(hits):
+        by_task.setdefault(tasks.get(item, number), []).append(value)
+    groups = list(by_task.values())
+    found = share(groups) if len(groups) > 1 else wilson(float(np.mean(groups[0])), 1)
+    return {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
 
 
 def _majority(choices: Sequence[Choice]) -> Choice | None:
@@ -203,19 +229,21 @@ def _majority(choices: Sequence[Choice]) -> Choice | None:
     return ranked[0][1]
 
 
-def _against_others(items: Items) -> dict[str, list[float]]:
+def _against_others(items: Items) -> dict[str, list[Hit]]:
     """For each judge, 1 or 0 for each item where the others have a majority."""
-    hits: dict[str, list[float]] = {}
-    for votes in items.values():
+    hits: dict[str, list[Hit]] = {}
+    for item, votes in items.items():
         for name, vote in votes.items():
             own = hits.setdefault(name, [])
             rest = _majority([v.choice for other, v in votes.items() if other != name])
             if rest is not None:
-                own.append(float(vote.choice == rest))
+                own.append((item, float(vote.choice == rest)))
     return hits
 
 
-def _judge_report(name: str, items: Items, hits: Sequence[float]) -> dict[str, Any]:
+def _judge_report(
+    name: str, items: Items, hits: Sequence[Hit], tasks: Mapping[str, str]
+) -> dict[str, Any]:
     """What one judge does, and what sways them.
 
     ``first_share``: how often the response shown first wins, where the order is known; 0.5 without
@@ -224,27 +252,30 @@ def _judge_report(name: str, items: Items, hits: Sequence[float]) -> dict[str, A
     """
     own = [votes[name] for votes in items.values() if name in votes]
     decided = [c for c in own if c.choice in ("a", "b")]
-    longer: list[float] = []
-    excess: list[float] = []
+    longer: list[Hit] = []
+    excess: dict[str, list[float]] = {}
     for comparison in decided:
         mine = _chose_longer(comparison)
         if mine is None:
             continue
-        longer.append(mine)
-        votes = items[comparison.pair.item_id]
+        item = comparison.pair.item_id
+        longer.append((item, mine))
+        votes = items[item]
         rest = [_chose_longer(v) for other, v in votes.items() if other != name]
         known = [r for r in rest if r is not None]
         if known:
-            excess.append(mine - sum(known) / len(known))
+            excess.setdefault(tasks.get(item, item), []).append(mine - sum(known) / len(known))
+    seconds = {tasks.get(c.pair.item_id, c.pair.item_id): c.seconds for c in own}
+    first = [(c.pair.item_id, float(c.choice == c.shown_first)) for c in decided if c.shown_first]
     return {
         "judge": name,
         "judgements": len(own),
-        "with_the_others": _share(hits),
-        "first_share": _share([float(c.choice == c.shown_first) for c in decided if c.shown_first]),
-        "longer_share": _share(longer),
-        "longer_excess": _mean(excess),
+        "with_the_others": _share(hits, tasks),
+        "first_share": _share(first, tasks),
+        "longer_share": _share(longer, tasks),
+        "longer_excess": _mean([float(np.mean(found)) for found in excess.values()]),
         "tie_share": 1 - len(decided) / len(own),
-        "seconds": float(np.median([c.seconds for c in own])),
+        "seconds": float(np.median(list(seconds.values()))),
     }
 
 
@@ -265,13 +296,13 @@ def _mean(values: Sequence[float]) -> dict[str, Any] | None:
     return {"value": mean, "low": mean - half, "high": mean + half, "n": len(values)}
 
 
-def _accuracy(items: Items, quality: Quality) -> dict[str, Any] | None:
-    """How often the majority preferred the truly better response, where there is one of each."""
-    hits: list[float] = []
-    for votes in items.values():
+def _right(items: Items, quality: Quality) -> list[Hit]:
+    """Whether the majority preferred the truly better response, where there is one of each."""
+    hits: list[Hit] = []
+    for item, votes in items.items():
         pair = next(iter(votes.values())).pair
         winner = _majority([vote.choice for vote in votes.values()])
         a, b = quality(pair.prompt_id, pair.a.text), quality(pair.prompt_id, pair.b.text)
         if winner in ("a", "b") and a != b:
-            hits.append(float((winner == "a") == (a > b)))
-    return _share(hits)
+            hits.append((item, float((winner == "a") == (a > b))))
+    return hits

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -82,15 +80,6 @@ def _pair(a: Trajectory, b: Trajectory, model: str) -> Pair:
     )
 
 
-def prompt_identity(prompt: str, messages: Sequence[Message] = ()) -> str:
-    """The ``prompt_id`` of a prompt that has none: the same for all that show the same prompt.
-
-    Training and held-out parts are told apart by it, so it must not differ from pair to pair.
-    """
-    content = json.dumps([prompt, [dict(message) for message in messages]])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
 def given_preference(
     *,
     item_id: str,
@@ -111,7 +100,7 @@ def given_preference(
     return Comparison(
         pair=Pair(
             item_id=item_id,
-            prompt_id=prompt_id or prompt_identity(prompt, messages),
+            prompt_id=prompt_id or item_id,
             prompt=prompt,
             a=good if chosen_is_a else bad,
             b=bad if chosen_is_a else good,

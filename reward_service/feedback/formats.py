@@ -24,7 +24,7 @@ from reward_service.comparison import (
     Ranking,
     Rating,
 )
-from reward_service.feedback.collect import given_preference, prompt_identity
+from reward_service.feedback.collect import given_preference
 from reward_service.feedback.store import Entry
 from reward_service.feedback.tasks import (
     Answer,
@@ -161,7 +161,7 @@ def item_task(
             task = Task(
                 task_id=_text(row, "item_id", "id"),
                 kind=kind,
-                prompt_id=_prompt_id(row, prompt, messages),
+                prompt_id=_prompt_id(row),
                 prompt=prompt,
                 messages=messages,
                 candidates=(_response(row),) if kind == "rating" else _candidates(row),
@@ -274,8 +274,9 @@ def _dialogue(row: Values) -> tuple[Message, ...]:
     return _messages(row.get("messages") or ())
 
 
-def _prompt_id(row: Values, prompt: str, messages: Sequence[Message]) -> str:
-    return _optional(row, "prompt_id") or prompt_identity(prompt, messages)
+def _prompt_id(row: Values) -> str:
+    """Its own or, as learning tells prompts apart by what they show, the item's."""
+    return _optional(row, "prompt_id") or _text(row, "item_id", "id")
 
 
 def _pair_values(pair: Pair) -> dict[str, Any]:
@@ -298,7 +299,7 @@ def _pair(row: Values) -> Pair:
         prompt = f"{prompt}\n\n{row['input']}"
     return Pair(
         item_id=_text(row, "item_id", "id"),
-        prompt_id=_prompt_id(row, prompt, messages),
+        prompt_id=_prompt_id(row),
         prompt=prompt,
         a=Candidate(text=_text(row, "a", "response_a"), model=_optional(row, "a_model", "model_a")),
         b=Candidate(text=_text(row, "b", "response_b"), model=_optional(row, "b_model", "model_b")),
@@ -343,7 +344,7 @@ def _rating(row: Values) -> Rating:
     prompt = _text(row, "prompt", "instruction")
     return Rating(
         item_id=_text(row, "item_id", "id"),
-        prompt_id=_prompt_id(row, prompt, _dialogue(row)),
+        prompt_id=_prompt_id(row),
         prompt=prompt,
         response=_response(row),
         annotator=_annotator(row),
@@ -357,7 +358,7 @@ def _ranking(row: Values) -> Ranking:
     prompt, messages = _text(row, "prompt"), _dialogue(row)
     return Ranking(
         item_id=_text(row, "item_id", "id"),
-        prompt_id=_prompt_id(row, prompt, messages),
+        prompt_id=_prompt_id(row),
         prompt=prompt,
         messages=messages,
         candidates=_candidates(row),

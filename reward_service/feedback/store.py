@@ -241,7 +241,7 @@ class FeedbackStore:
             existing |= {row[key]: dict(row) for row in connection.execute(query).mappings()}
         for name, row in existing.items():
             for column, value in row.items():
-                if rows[name][column] != value:
+                if key != "key" and rows[name][column] != value:  # that one is of the content
                     raise ValueError(
                         f"{table.name}: {name!r} is in {self.database.shown} already with another "
                         f"{column}: what was judged must not change, use a new id"
@@ -267,8 +267,10 @@ def _keyed(rows: Iterable[Row]) -> dict[str, Row]:
     """Rows by a hash of their content, which makes adding them again harmless."""
     keyed: dict[str, Row] = {}
     for row in rows:
-        # Stores of version 0.1.0 hashed rows without these two.
+        # Stores of version 0.1.0 hashed rows without these two, and took an unknown order for "a".
         hashed = {k: v for k, v in row.items() if v or k not in ("withdrawn", "repeat")}
+        if "shown_first" in hashed:
+            hashed["shown_first"] = hashed["shown_first"] or "a"
         content = json.dumps(hashed, sort_keys=True, ensure_ascii=True)
         key = hashlib.sha256(content.encode()).hexdigest()
         keyed[key] = row | {"key": key}

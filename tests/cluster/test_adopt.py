@@ -84,6 +84,21 @@ def test_with_eos_and_a_reference_they_have_mean_0_and_deviation_1(
     assert model.head.info["reference_samples"] == 4
 
 
+def test_a_reference_is_scored_as_the_dialogues_that_ppo_will_send(
+    stranger: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "reference.jsonl"
+    turns = [("storm?", "rain"), ("market?", "bank river"), ("mayor?", "27")]
+    rows.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in turns))
+    done = adopt(stranger, "-o", tmp_path / "made", "--reference", rows, "--chat-template")
+    assert done.exit_code == 0, done.output
+    scores = RewardModel.load(tmp_path / "made").score(
+        [ScoreItem(messages=(Message(role="user", content=p),), response=r) for p, r in turns]
+    )
+    assert np.mean(scores.scores) == pytest.approx(0.0, abs=1e-5)
+    assert np.std(scores.scores) == pytest.approx(1.0, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

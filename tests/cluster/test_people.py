@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from actors.datasets import Preference, RawPrompt
+from actors.datasets import RawPrompt
 from actors.trajectory import Trajectory
 from cluster import judgement
 from cluster import people as run_side
@@ -167,20 +167,6 @@ def test_the_report_on_the_wait_counts_ratings_and_rankings(tmp_path: Path) -> N
     chinese = summary(report, "zh")
     assert "其中包括 1 次排序的所有文本对。" in chinese
     assert "另有 1 个评分，标准：quality。" in chinese
-
-
-def test_pairs_of_the_data_that_share_a_prompt_say_so(tmp_path: Path) -> None:
-    data = [
-        Preference(example_id=f"e{n}", prompt=prompt, chosen="x", rejected=f"y{n}")
-        for n, prompt in enumerate(["?", "?", "!"])
-    ]
-    work = workplace(tmp_path)
-    work.config = RunConfig(run_dir=tmp_path)
-    work.data = SimpleNamespace(preferences=lambda: data)
-    judgement.from_preferences(work, CollectConfig())
-    with judgement.open_store(work.config) as store:
-        first, second, other = (pair.prompt_id for pair in store.pairs())
-    assert first == second != other
 
 
 def test_overwrite_does_not_throw_away_what_people_said(tmp_path: Path) -> None:

@@ -58,6 +58,9 @@ def test_a_training_whose_judgements_have_changed_begins_again(
         with pytest.raises(Stopped):
             reward(workplace(config, resume=False, stops_after=2))
         store.add_comparisons([judgement(16)])
+    other = config.model_copy(update={"seed": 1})
+    with pytest.raises(ValueError, match="a training with other data, seed or settings"):
+        reward(workplace(other, resume=True))
     reward(workplace(config, resume=True))
     assert "it begins again, with what there is now" in " ".join(capsys.readouterr().err.split())
     report = json.loads((config.run_dir / "reward_model" / "report.json").read_text())

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from actors.fingerprint import template_fingerprint
+from actors.trajectory import Message
 from learner import hf_directory
 from learner.config import OptimizerConfig, RewardModelConfig
 from learner.judgement_loss import JudgedItem, JudgementLoss, RatingScale, score_sequences
@@ -370,7 +371,7 @@ def test_interrupted_training_ends_with_the_same_model(tiny_llama: Path, tmp_pat
     assert parts.held_out_accuracy == whole.held_out_accuracy
     with pytest.raises(Interrupted):
         run("other", should_stop=lambda: True)
-    with pytest.raises(ValueError, match="other data, seed or settings"):
+    with pytest.raises(ValueError, match="with other data"):
         train_reward_model(
             config(epochs=2, tokens_per_step=256), noisy_judgements(60, flip=0.5), [], tiny_llama,
             tmp_path / "other",
@@ -439,3 +440,27 @@ def test_real_model(shared_data: Path, tmp_path: Path) -> None:
     assert report.held_out_accuracy is not None
     assert report.held_out_accuracy > 0.8
     assert np.isfinite(RewardModel.load(tmp_path).score([ScoreItem(response="The cat.")]).scores[0])
+
+
+def test_pairs_that_show_the_same_prompt_are_of_one_prompt_whatever_their_ids() -> None:
+    """Or a response would be trained on and held out at once."""
+
+    def judged(item_id: str, prompt_id: str, prompt: str, messages: Any = ()) -> Comparison:
+        pair = Pair(item_id=item_id, prompt_id=prompt_id, prompt=prompt, messages=messages,
+                    a=Candidate(text="x"), b=Candidate(text=item_id))  # fmt: skip
+        return Comparison(
+            pair=pair, annotator=Annotator(annotator_id="u", kind="human"), choice="a"
+        )
+
+    brief = (Message(role="system", content="Be brief."), Message(role="user", content="Storm?"))
+    pairs = judged_pairs(
+        [
+            judged("1", "1", "Storm?"),
+            judged("2", "2", "Storm?"),
+            judged("3", "p", "Rain?"),
+            judged("4", "p", "Rain!"),
+            judged("5", "5", "Storm?", brief),
+            judged("6", "6", "Storm?", brief),
+        ]
+    )
+    assert [pair.prompt_id for pair in pairs] == ["1", "1", "p", "p", "5", "5"]

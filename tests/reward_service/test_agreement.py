@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reward_service.comparison import Annotator, Candidate, Choice, Comparison, Pair, Rating
+from reward_service.comparison import (
+    Annotator,
+    Candidate,
+    Choice,
+    Comparison,
+    Pair,
+    Ranking,
+    Rating,
+)
 from reward_service.feedback.agreement import (
     Counts,
     bootstrap_interval,
@@ -24,7 +32,13 @@ from reward_service.feedback.agreement import (
     percent_agreement,
     wilson_interval,
 )
-from reward_service.feedback.agreement_report import agreement_report, rating_report
+from reward_service.feedback.agreement_report import (
+    agreement_report,
+    rating_report,
+    store_report,
+)
+from reward_service.feedback.store import Entry, FeedbackStore
+from reward_service.feedback.transfer import import_entries
 
 
 def counts_of(rows: list[list[object]]) -> Counts:
@@ -211,3 +225,33 @@ def test_the_last_judgement_of_a_judge_counts() -> None:
     assert report["comparisons"] == 2
     assert report["choices"]["b"] == 0
     assert report["percent"]["value"] == 1.0
+
+
+def test_intervals_over_rankings_are_as_wide_as_there_are_rankings(tmp_path: Path) -> None:
+    """15 pairs that one ranking of 6 implies are one look at a task, not 15."""
+    rng = np.random.default_rng(0)
+    texts = tuple(Candidate(text=f"t{n}") for n in range(6))
+    rankings = []
+    for number in range(20):
+        order = rng.permutation(6)
+        for judge in "xy":
+            says = order if judge == "x" or number % 2 else order[::-1]
+            rankings.append(
+                Ranking(item_id=f"k{number}", prompt_id=f"p{number}", prompt="?", candidates=texts,
+                        annotator=Annotator(annotator_id=judge, kind="human"), seconds=60.0,
+                        ranking=tuple(says.tolist()))
+            )  # fmt: skip
+    implied = [c for r in rankings for c in r.comparisons()]
+    with FeedbackStore(tmp_path / "store.sqlite") as store:
+        import_entries(store, [Entry(judgement=r) for r in rankings], manifest_hash="m", form="v")
+        found = store_report(store)
+    apart = agreement_report(implied)
+    assert (found["percent"]["value"], found["percent"]["n"]) == (0.5, 20)
+    assert (apart["percent"]["value"], apart["percent"]["n"]) == (0.5, 300)
+    # half of 20 clusters that agree or differ as a whole: sqrt(0.25 / 20) each way, twice
+    width = found["percent"]["high"] - found["percent"]["low"]
+    assert width == pytest.approx(2 * 1.96 * (0.25 / 20) ** 0.5, rel=0.15)
+    assert found["leave_one_out"]["n"] == 20
+    assert found["leave_one_out"]["high"] - found["leave_one_out"]["low"] > 0.3
+    assert found["per_judge"][0]["with_the_others"]["n"] == 20
+    assert found["per_judge"][0]["seconds"] == 60.0

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from reward_service import client
+from reward_service import replica as replicas
 from reward_service.config import RewardServiceConfig
 from reward_service.dispatch import Dispatcher, asked_again
 from reward_service.http_api import RequestError
@@ -32,6 +33,7 @@ ITEMS = [ScoreItem(prompt="storm ", response=" rain" * (1 + n)) for n in range(8
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "RETRY_PAUSES_S", (0.01,))
+    monkeypatch.setattr(replicas, "NOT_LOADED_S", 0.0)
 
 
 def failing(*errors: Exception) -> tuple[list[int], Callable[[], Any]]:
@@ -200,14 +202,17 @@ def test_files_that_were_changed_in_place_are_not_served_for_another_version(
     shutil.copytree(second_reward_dir, place, dirs_exist_ok=True)
 
     async def run() -> None:
-        one = replica()
+        one = replica()  # it starts while others serve the version of the target
         await one.reconfigure({"directory": str(second_reward_dir)})
         for _ in range(3):
             await one.check_health()
             await asyncio.sleep(0.05)
-        status = await one.status()
-        assert status.version == RewardModel.load(second_reward_dir).version
-        assert "was changed after it was loaded elsewhere" in (status.reload_error or "")
+        assert "was changed after it was loaded elsewhere" in ((await one.status()).error or "")
+        with pytest.raises(NotLoaded):
+            await one.score_batch(ITEMS, "error")
+        loaded, _ = await one.prepare(str(place))  # loaded again, it is everybody's
+        await one.target(str(place), loaded)
+        assert (await one.switch(str(place), loaded)).version == loaded != version
 
     asyncio.run(run())
 

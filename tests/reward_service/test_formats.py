@@ -8,7 +8,7 @@ import pytest
 
 from reward_service.comparison import Annotator
 from reward_service.feedback.agreement_report import agreement_report
-from reward_service.feedback.formats import item_task, preference_row, preference_rows, row_entry
+from reward_service.feedback.formats import preference_row, preference_rows, row_entry
 
 VOTE: dict[str, Any] = {
     "item_id": "1", "annotator_id": "otter", "choice": "a", "prompt": "Storm?", "a": "x", "b": "y",
@@ -27,38 +27,15 @@ def said(row: dict[str, Any], **changes: Any) -> Any:
     return row_entry({**row, **changes}, {}, "f:1").judgement
 
 
-def test_what_shows_the_same_prompt_has_the_same_prompt_id() -> None:
-    """In every format: training and held-out parts must not share a prompt."""
+def test_a_prompt_id_is_exported_and_read_back() -> None:
+    first = said(VOTE, prompt_id=7)
+    assert first.pair.prompt_id == "7"
     otter = Annotator(annotator_id="otter", kind="human")
-
-    def preference(item_id: str, **row: Any) -> Any:
-        values = {"chosen": "x", "rejected": f"not {item_id}", **row}
-        return preference_row(values, "f:1", item_id=item_id, annotator=otter)
-
-    first, second = (preference(name, prompt="Storm?") for name in ("p", "q"))
-    found = {
-        first.pair.prompt_id,
-        second.pair.prompt_id,
-        said(VOTE).pair.prompt_id,
-        said(VOTE, item_id="2", b="z").pair.prompt_id,
-        said(RANKING).prompt_id,
-        said(RATING).prompt_id,
-        item_task(RANKING, "f:1", gold=False, overlap=1, criteria=()).prompt_id,
-        item_task(VOTE, "f:1", gold=False, overlap=1, criteria=()).prompt_id,
-    }
-    assert len(found) == 1
-    dialogue = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Storm?"}]
-    apart = {
-        preference("p", prompt=dialogue).pair.prompt_id,
-        preference("p", prompt="Rain?").pair.prompt_id,
-        said(VOTE, prompt_id="p7").pair.prompt_id,
-    }
-    assert len(apart | found) == 4
-    assert said(VOTE, prompt_id=7).pair.prompt_id == "7"
     for form in ("trl", "openrlhf"):
         (row,) = preference_rows([first], form)  # type: ignore[arg-type]
-        again = preference(row.pop("id"), **row)
-        assert again.pair.prompt_id == first.pair.prompt_id
+        again = preference_row(row, "f:1", item_id=row["id"], annotator=otter)
+        assert again.pair.prompt_id == "7"
+    assert said(VOTE).pair.prompt_id == VOTE["item_id"]
 
 
 def test_an_unknown_order_is_no_evidence_of_bias() -> None:

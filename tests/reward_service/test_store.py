@@ -303,3 +303,16 @@ def test_the_revisions_make_the_tables_that_the_program_expects(store_location: 
             lambda c: compare_metadata(MigrationContext.configure(c), schema.metadata)
         )
     assert differences == []
+
+
+def test_a_vote_of_unknown_order_that_was_taken_for_a_first_is_not_stored_twice(
+    store_location: str,
+) -> None:
+    pair = Pair(
+        item_id="1", prompt_id="1", prompt="?", a=Candidate(text="x"), b=Candidate(text="y")
+    )
+    vote = Comparison(pair=pair, annotator=Annotator(annotator_id="u", kind="human"), choice="b")
+    with FeedbackStore(store_location) as store:
+        assert store.add_comparisons([replace(vote, shown_first="a")]) == 1  # as it was before
+        assert store.add_comparisons([vote]) == 0
+        assert store.add_comparisons([replace(vote, shown_first="b")]) == 1
