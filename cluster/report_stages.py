@@ -230,6 +230,8 @@ def _agreement_rows(feedback: Mapping[str, Any]) -> tuple[AgreementRow, ...]:
             continue
         value = f"{share.value:.0%}" if percent else f"{share.value:.2f}"
         interval = span(share, percent=True) if percent else f"{share.low:.2f} to {share.high:.2f}"
+        if finite(feedback[name], "low") is None:
+            interval = "too few to tell an interval"
         rows.append(AgreementRow(label=label, explain=explain, value=value, interval=interval))
     for name, label in (("comparisons", "Judgements"), ("items", "Pairs"), ("judges", "Judges")):
         count = finite(feedback, name)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actors.trajectory import Message
-from reward_service.comparison import Comparison, Rating
+from reward_service.comparison import Comparison, Rating, prompt_groups
 from reward_service.intervals import bootstrap_mean, wilson
 
 FloatArray = npt.NDArray[np.float64]
@@ -87,21 +87,6 @@ class Share:
     n: int
 
 
-class PromptGroups:
-    """Which items belong together when prompts, not items, are split and resampled.
-
-    Files that give no ``prompt_id`` have another one for each item: the prompt itself decides.
-    """
-
-    def __init__(self) -> None:
-        self._first: dict[tuple[str, str], str] = {}
-
-    def of(self, prompt_id: str, prompt: str, messages: Sequence[Message] = ()) -> str:
-        """The id under which this prompt was first seen."""
-        shown = "" if messages else prompt  # of a dialogue, the prompt is only its last turn
-        return self._first.setdefault((shown, repr(list(messages))), prompt_id)
-
-
 def judged_pairs(
     comparisons: Sequence[Comparison], teaching: Teaching | None = None
 ) -> list[JudgedPair]:
@@ -122,10 +107,10 @@ def judged_pairs(
                 )
             break
         judged[comparison.annotator.annotator_id] = comparison
+    shown = [next(iter(judged.values())).pair for judged in by_item.values()]
+    groups = prompt_groups((p.prompt_id, p.prompt, p.messages) for p in shown)
     pairs: list[JudgedPair] = []
-    prompts = PromptGroups()
-    for item_id, judged in by_item.items():
-        pair = next(iter(judged.values())).pair
+    for (item_id, judged), pair, group in zip(by_item.items(), shown, groups, strict=True):
         judgements = tuple(
             Judgement(
                 annotator_id=who,
@@ -138,7 +123,7 @@ def judged_pairs(
         pairs.append(
             JudgedPair(
                 item_id=item_id,
-                prompt_id=prompts.of(pair.prompt_id, pair.prompt, pair.messages),
+                prompt_id=group,
                 prompt=pair.prompt,
                 messages=pair.messages,
                 a=pair.a.text,
@@ -181,8 +166,9 @@ def disagreements(
 def rated_responses(ratings: Sequence[Rating]) -> list[RatedResponse]:
     """One record a response, in order of first appearance."""
     groups: dict[tuple[str, str, str], list[Rating]] = defaultdict(list)
-    for rating in ratings:
-        groups[rating.prompt_id, rating.prompt, rating.response.text].append(rating)
+    prompts = prompt_groups((r.prompt_id, r.prompt, ()) for r in ratings)
+    for rating, group in zip(ratings, prompts, strict=True):
+        groups[group, rating.prompt, rating.response.text].append(rating)
     return [
         RatedResponse(
             item_id=found[0].item_id,

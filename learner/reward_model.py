@@ -26,7 +26,6 @@ from learner.judgements import (
     FloatArray,
     JudgedPair,
     Judgement,
-    PromptGroups,
     Teaching,
     accuracy_beside_judges,
     disagreements,
@@ -40,7 +39,7 @@ from learner.judgements import (
 from learner.stage import finish, identity_of, split
 from learner.supervised import OnStep, TrainingResult, train, use_threads
 from learner.token_batches import Ids
-from reward_service.comparison import Comparison, Rating
+from reward_service.comparison import Comparison, Rating, prompt_groups
 from reward_service.encoding import RewardHead, encode
 from reward_service.statistics import quantiles
 
@@ -231,14 +230,20 @@ def _items(
     encoder: _Encoder,
 ) -> tuple[list[JudgedItem], int]:
     """Tokenised pairs and rated responses, and how many were longer than the context."""
-    prompts = PromptGroups()
+    rated_alone = rated_responses(ratings)
+    prompts = iter(
+        prompt_groups(
+            [(pair.prompt_id, pair.prompt, pair.messages) for pair in judged]
+            + [(rated.prompt_id, rated.prompt, ()) for rated in rated_alone]
+        )
+    )
     items = [
         JudgedItem(
             sequences=(
                 encoder.ids(pair.prompt, pair.messages, pair.a),
                 encoder.ids(pair.prompt, pair.messages, pair.b),
             ),
-            prompt_id=prompts.of(pair.prompt_id, pair.prompt, pair.messages),
+            prompt_id=next(prompts),
             pair=pair,
         )
         for pair in judged
@@ -246,10 +251,10 @@ def _items(
     items += [
         JudgedItem(
             sequences=(encoder.ids(rated.prompt, (), rated.response),),
-            prompt_id=prompts.of(rated.prompt_id, rated.prompt),
+            prompt_id=next(prompts),
             rated=rated,
         )
-        for rated in rated_responses(ratings)
+        for rated in rated_alone
     ]
     fitting = [item for item in items if encoder.fits(*item.sequences)]
     skipped = len(items) - len(fitting)

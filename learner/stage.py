@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from learner.config import SupervisedConfig
-from learner.supervised import remove_state
+from learner.supervised import remove_state, settings_of
 from learner.token_batches import IntArray
 
 REPORT_FILE = "training_report.json"
@@ -28,16 +28,12 @@ def split(count: int, held_out_share: float, seed: int) -> tuple[IntArray, IntAr
 
 
 def identity_of(config: SupervisedConfig, seed: int, rows: Sequence[npt.NDArray[Any]]) -> str:
-    """Fingerprint of what decides the result, by which a state file is recognised.
-
-    ``<of settings and seed>.<of the data>``.
-    """
-    settings = config.model_dump_json(exclude={"threads", "checkpoint_seconds"})
-    digest = hashlib.sha256(f"{len(rows)}".encode())
+    """Fingerprint of what decides the result, by which a state file is recognised."""
+    digest = hashlib.sha256(f"{settings_of(config, seed)}/{len(rows)}".encode())
     for row in rows:
         digest.update(len(row).to_bytes(8, "big"))
         digest.update(row.tobytes())
-    return f"{hashlib.sha256(f'{settings}/{seed}'.encode()).hexdigest()}.{digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def finish(output_dir: Path, report: Any) -> None:

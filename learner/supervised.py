@@ -81,6 +81,11 @@ class TrainingResult:
     """Step whose weights were kept: the last, or the best on the held-out loss."""
 
 
+def settings_of(config: SupervisedConfig, seed: int) -> str:
+    """What decides the result of a training besides its data, as text."""
+    return f"{config.model_dump_json(exclude={'threads', 'checkpoint_seconds'})}/{seed}"
+
+
 class OtherDataError(ValueError):
     """The state to go on from is of a training with the same settings and seed, but other data."""
 
@@ -177,6 +182,7 @@ class _Loop:
         self.held_out = held_out
         self.config = config
         self.identity = identity
+        self.settings = settings_of(config, seed)
         self.keep_best = keep_best and held_out is not None
         self.state_path = output_dir / STATE_FILE
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -315,6 +321,7 @@ class _Loop:
         tensors |= {f"moments/{name}": tensor for name, tensor in moments.items()}
         rest = {
             "identity": self.identity,
+            "settings": self.settings,
             "step": self.step,
             "tokens": self.tokens,
             "padded": self.padded,
@@ -331,11 +338,11 @@ class _Loop:
             return
         tensors, state = read_training_state(self.state_path, self.device)
         if state["identity"] != self.identity:
-            same_settings = state["identity"].split(".")[0] == self.identity.split(".")[0]
+            same_settings = state.get("settings") == self.settings
             raise (OtherDataError if same_settings else ValueError)(
                 f"{self.state_path} belongs to a training with other "
                 f"{'data' if same_settings else 'data, seed or settings'}: resume with the same "
-                "ones, or start again without resume"
+                "ones, or start anew with --overwrite"
             )
         self._load_weights(below("model", tensors))
         load_moments(self.optimizer, self._names(), below("moments", tensors))

@@ -5,11 +5,15 @@ People's judgements and simulated judges' go through the same records and the sa
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
 from actors.trajectory import Message
+
+Shown = tuple[str, str, Sequence[Message]]
+"""(prompt_id, prompt, messages): what an item shows before its candidates."""
 
 Choice = Literal["a", "b", "tie", "both_bad"]
 
@@ -154,3 +158,33 @@ class Ranking:
                 )
             )
         return implied
+
+
+def prompt_groups(shown: Iterable[Shown]) -> list[str]:
+    """For each item, the id of the group of items that are of one prompt.
+
+    Items belong together when their ids say so or when they show the same; files that give no
+    ``prompt_id`` have another one for each item. What is split or resampled is these groups. Data
+    that is all about one prompt or two (a fixed instruction) cannot be split by what it shows: then
+    the ids alone count.
+    """
+    shown = list(shown)
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(node: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(node, node) != node:
+            node = parent[node]
+        return node
+
+    nodes = []
+    for prompt_id, prompt, messages in shown:
+        nodes.append(("id", prompt_id))
+        # Of a dialogue, the prompt is only its last turn.
+        content = repr([dict(m) for m in messages]) if messages else prompt
+        mine, theirs = root(nodes[-1]), root(("dialogue" if messages else "prompt", content))
+        if theirs[0] == "id":
+            parent[mine] = theirs
+        else:
+            parent[theirs] = mine
+    groups = [root(node)[1] for node in nodes]
+    return groups if len(set(groups)) >= 3 else [prompt_id for prompt_id, _, _ in shown]

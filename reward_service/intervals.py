@@ -108,12 +108,13 @@ def share(groups: Groups, *, seed: int = 0, confidence: float = 0.95) -> Estimat
     """A share, of values in [0, 1].
 
     Wilson's interval where every prompt has one sample. With several, the bootstrap over prompts;
-    but where all values are equal every resample is the same and the bootstrap would claim
-    certainty, so Wilson's interval on the number of prompts stands in.
+    but where all prompts have the same mean every resample is the same and the bootstrap would
+    claim certainty, so Wilson's interval on the number of prompts stands in.
     """
     values = [v for g in groups for v in g]
     if len(values) == len(groups):
         return wilson(sum(values), len(values), confidence)
-    if len(set(values)) == 1:
-        return wilson(values[0] * len(groups), len(groups), confidence)
+    means = {sum(g) / len(g) for g in groups}
+    if len(means) == 1:
+        return wilson(means.pop() * len(groups), len(groups), confidence)
     return bootstrap_mean(groups, seed=seed, confidence=confidence)

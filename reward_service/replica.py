@@ -114,7 +114,8 @@ class ModelReplica:
                 return
             except OtherVersionError as error:
                 self._refuse(str(error))
-                return  # two versions side by side are worse than a replica less
+                if self._config.most_replicas > 1:
+                    return  # two versions side by side are worse than a replica less
             except LOAD_ERRORS as error:
                 self._refuse(str(error))
 
@@ -125,6 +126,8 @@ class ModelReplica:
         loaded = self._loaded
         if loaded is None:
             await asyncio.sleep(NOT_LOADED_S)
+            loaded = self._loaded
+        if loaded is None:
             raise NotLoaded(self._error)
         model = loaded.model
         inputs, errors = await asyncio.to_thread(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from reward_service.comparison import Comparison
+from reward_service.comparison import Comparison, prompt_groups
 from reward_service.feedback.agreement import Codes
 
 FloatArray = npt.NDArray[np.float64]
@@ -157,14 +157,15 @@ def model_strengths(
     if len(names) < 2:
         return []
     number = {name: n for n, name in enumerate(names)}
-    prompts = sorted({c.pair.prompt_id for c in between})
+    groups = prompt_groups((c.pair.prompt_id, c.pair.prompt, c.pair.messages) for c in between)
+    prompts = sorted(set(groups))
     place = {prompt: n for n, prompt in enumerate(prompts)}
     table = np.zeros((len(prompts), len(names), len(names)))
-    for c in between:
+    for c, group in zip(between, groups, strict=True):
         a, b = number[c.pair.a.model], number[c.pair.b.model]
         share = {"a": 1.0, "b": 0.0}.get(c.choice, 0.5)
-        table[place[c.pair.prompt_id], a, b] += share
-        table[place[c.pair.prompt_id], b, a] += 1 - share
+        table[place[group], a, b] += share
+        table[place[group], b, a] += 1 - share
     rng = np.random.default_rng(seed)
     drawn = [
         bradley_terry(table[rng.integers(0, len(prompts), len(prompts))].sum(axis=0), steps=200)

@@ -166,8 +166,8 @@ def bootstrap_interval(
         value = measure(items[chosen])
         if value is not None:
             values.append(value)
-    if len(values) < resamples / 2:
-        return None
+    if len(values) < resamples / 2 or (clusters is not None and len(set(values)) == 1):
+        return None  # a few tasks that are all alike would claim certainty
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

@@ -24,7 +24,7 @@ from reward_service.feedback.agreement import (
 from reward_service.feedback.agreement_words import reading, summary
 from reward_service.feedback.judges import Quality
 from reward_service.feedback.store import FeedbackStore
-from reward_service.intervals import share, wilson
+from reward_service.intervals import share
 
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad")
 
@@ -216,8 +216,7 @@ def _share(hits: Sequence[Hit], tasks: Mapping[str, str]) -> dict[str, Any] | No
     by_task: dict[str | int, list[float]] = {}
     for number, (item, value) in enumerate(hits):
         by_task.setdefault(tasks.get(item, number), []).append(value)
-    groups = list(by_task.values())
-    found = share(groups) if len(groups) > 1 else wilson(float(np.mean(groups[0])), 1)
+    found = share(list(by_task.values()))
     return {"value": found.value, "low": found.low, "high": found.high, "n": found.n}
 
 
@@ -288,8 +287,8 @@ def _chose_longer(comparison: Comparison) -> float | None:
 
 
 def _mean(values: Sequence[float]) -> dict[str, Any] | None:
-    """A mean with its normal 95 % interval."""
-    if len(values) < 2:
+    """A mean with its normal 95 % interval; ``None`` where the values cannot tell one."""
+    if len(values) < 2 or len(set(values)) == 1:
         return None
     mean = float(np.mean(values))
     half = 1.959964 * float(np.std(values, ddof=1)) / math.sqrt(len(values))

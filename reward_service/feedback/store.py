@@ -121,6 +121,8 @@ class FeedbackStore:
                 for e in entries
                 if isinstance(e.judgement, record)
             )
+            if table is schema.comparisons:
+                rows = _without_known_as_first(connection, rows)
             added += self._insert_new(connection, table, rows, key="key")
         return added
 
@@ -241,7 +243,7 @@ class FeedbackStore:
             existing |= {row[key]: dict(row) for row in connection.execute(query).mappings()}
         for name, row in existing.items():
             for column, value in row.items():
-                if key != "key" and rows[name][column] != value:  # that one is of the content
+                if rows[name][column] != value:
                     raise ValueError(
                         f"{table.name}: {name!r} is in {self.database.shown} already with another "
                         f"{column}: what was judged must not change, use a new id"
@@ -267,14 +269,29 @@ def _keyed(rows: Iterable[Row]) -> dict[str, Row]:
     """Rows by a hash of their content, which makes adding them again harmless."""
     keyed: dict[str, Row] = {}
     for row in rows:
-        # Stores of version 0.1.0 hashed rows without these two, and took an unknown order for "a".
+        # Stores of version 0.1.0 hashed rows without these two.
         hashed = {k: v for k, v in row.items() if v or k not in ("withdrawn", "repeat")}
-        if "shown_first" in hashed:
-            hashed["shown_first"] = hashed["shown_first"] or "a"
         content = json.dumps(hashed, sort_keys=True, ensure_ascii=True)
         key = hashlib.sha256(content.encode()).hexdigest()
         keyed[key] = row | {"key": key}
     return keyed
+
+
+def _without_known_as_first(connection: Connection, rows: Mapping[str, Row]) -> dict[str, Row]:
+    """Without judgements of unknown order that are there as of "a first": before an order could be
+    unknown, they were stored so."""
+    as_first: dict[str, str] = {}
+    for key, row in rows.items():
+        if not row["shown_first"]:
+            plain = {name: value for name, value in row.items() if name != "key"}
+            (first,) = _keyed([plain | {"shown_first": "a"}])
+            as_first[first] = key
+    keys, column = list(as_first), schema.comparisons.c.key
+    known: set[str] = set()
+    for start in range(0, len(keys), _CHUNK):
+        query = select(column).where(column.in_(keys[start : start + _CHUNK]))
+        known |= {as_first[found] for found in connection.execute(query).scalars()}
+    return {key: row for key, row in rows.items() if key not in known}
 
 
 def _entry(row: Row, judgement: Record) -> Entry[Record]:

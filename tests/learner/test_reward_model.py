@@ -461,6 +461,9 @@ def test_pairs_that_show_the_same_prompt_are_of_one_prompt_whatever_their_ids() 
             judged("4", "p", "Rain!"),
             judged("5", "5", "Storm?", brief),
             judged("6", "6", "Storm?", brief),
+            judged("7", "2", "Wind?"),  # the id of one that shows what the first does
         ]
     )
-    assert [pair.prompt_id for pair in pairs] == ["1", "1", "p", "p", "5", "5"]
+    assert [pair.prompt_id for pair in pairs] == ["1", "1", "p", "p", "5", "5", "1"]
+    alike = judged_pairs([judged(str(n), str(n), "Write a poem.") for n in range(9)])
+    assert len({pair.prompt_id for pair in alike}) == 9, "one instruction for all is no prompt"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from learner.config import OptimizerConfig, SupervisedConfig
-from learner.supervised import Interrupted, learning_rate, train
+from learner.supervised import Interrupted, OtherDataError, learning_rate, train
 from learner.supervised_losses import bradley_terry, nll, rating_error
 from learner.token_batches import cut_by_budget, pad_right, plan_steps
 from learner.training_state import STATE_FILE, saved_step
@@ -231,8 +231,10 @@ def test_an_interrupted_training_ends_with_the_same_bits(tmp_path: Path) -> None
 def test_a_state_of_another_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         fit(tmp_path, should_stop=lambda: True)
-    with pytest.raises(ValueError, match="other data, seed or settings"):
+    with pytest.raises(OtherDataError, match="with other data: resume"):
         fit(tmp_path, resume=True, identity="y")
+    with pytest.raises(ValueError, match="other data, seed or settings"):
+        fit(tmp_path, resume=True, identity="y", config={"epochs": 11})
     whole = (tmp_path / STATE_FILE).read_bytes()
     for position in range(0, len(whole), 37):
         flipped = bytearray(whole)

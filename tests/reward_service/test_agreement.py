@@ -255,3 +255,11 @@ def test_intervals_over_rankings_are_as_wide_as_there_are_rankings(tmp_path: Pat
     assert found["leave_one_out"]["high"] - found["leave_one_out"]["low"] > 0.3
     assert found["per_judge"][0]["with_the_others"]["n"] == 20
     assert found["per_judge"][0]["seconds"] == 60.0
+    one = agreement_report(rankings[0].comparisons(), tasks=dict.fromkeys(
+        (c.pair.item_id for c in rankings[0].comparisons()), "k0"))  # fmt: skip
+    assert one["leave_one_out"] is None
+    both = [c for r in rankings[:2] for c in r.comparisons()]
+    tasks = {c.pair.item_id: "k0" for c in both}
+    alone = agreement_report(both, tasks=tasks)
+    assert (alone["percent"]["n"], alone["percent"]["low"]) == (1, None), "one look tells no more"
+    assert alone["leave_one_out"]["high"] - alone["leave_one_out"]["low"] > 0.5

@@ -202,7 +202,10 @@ def test_files_that_were_changed_in_place_are_not_served_for_another_version(
     shutil.copytree(second_reward_dir, place, dirs_exist_ok=True)
 
     async def run() -> None:
-        one = replica()  # it starts while others serve the version of the target
+        alone = replica()  # nobody else serves: what is configured is better than nothing
+        await alone.reconfigure({"directory": str(second_reward_dir)})
+        assert (await alone.status()).version == RewardModel.load(second_reward_dir).version
+        one = replica(RewardServiceConfig(num_replicas=2))  # others serve the target's version
         await one.reconfigure({"directory": str(second_reward_dir)})
         for _ in range(3):
             await one.check_health()

@@ -316,3 +316,10 @@ def test_a_vote_of_unknown_order_that_was_taken_for_a_first_is_not_stored_twice(
         assert store.add_comparisons([replace(vote, shown_first="a")]) == 1  # as it was before
         assert store.add_comparisons([vote]) == 0
         assert store.add_comparisons([replace(vote, shown_first="b")]) == 1
+    with FeedbackStore(
+        store_location + "x" if "://" not in store_location else store_location
+    ) as new:
+        later = replace(vote, created_at="2026-01-01T00:00:00+00:00")
+        assert new.add_comparisons([later]) == 1
+        assert new.add_comparisons([later]) == 0
+        assert new.add_comparisons([replace(later, shown_first="a")]) == 1, "the order is known now"
