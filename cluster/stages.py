@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,12 @@ class Workplace:
         return self.config.run_dir
 
     @contextmanager
-    def watched(self, stage: str, output: Path, *, resume: bool) -> Iterator[OnStep]:
+    def watched(self, stage: str, output: Path) -> Iterator[OnStep]:
         """A progress bar and a metrics file for a supervised stage; Ctrl-C becomes Stopped."""
         from learner.supervised import Interrupted
         from learner.training_state import saved_step
 
-        resumed = saved_step(output) if resume else None
+        resumed = saved_step(output) if self.resume else None
         writer = MetricsWriter(
             output, stage=stage, tensorboard=self.run_dir / "tensorboard", resume_step=resumed
         )
@@ -74,7 +73,7 @@ def pretrain(work: Workplace) -> Summary:
     assert config.pretrain is not None
     template = config.pretrain.chat_template
     output = work.run_dir / "base"
-    with work.watched("pretrain", output, resume=work.resume) as on_step:
+    with work.watched("pretrain", output) as on_step:
         result = train_base(
             config.pretrain,
             work.data.corpus(),
@@ -94,7 +93,7 @@ def sft(work: Workplace) -> Summary:
     config = work.config
     assert config.sft is not None
     output = work.run_dir / "sft"
-    with work.watched("sft", output, resume=work.resume) as on_step:
+    with work.watched("sft", output) as on_step:
         result = train_sft(
             config.sft,
             work.data.demonstrations(),
@@ -127,28 +126,28 @@ def reward(work: Workplace) -> Summary:
     output = work.run_dir / "reward_model"
     with open_store(config) as store:
         comparisons, ratings = store.preferences(), store.ratings()
-    train = partial(
-        train_reward_model,
-        config.reward_model,
-        comparisons,
-        ratings,
-        config.policy_model,
-        output,
-        reference_samples=reference_samples(comparisons, config.reward_model),
-        teaching=teaching_of(comparisons, config.reward_model),
-        seed=config.seed,
-        should_stop=work.stop,
-    )
+    teaching = teaching_of(comparisons, config.reward_model)
     try:
-        with work.watched("reward_model", output, resume=work.resume) as on_step:
-            report = train(resume=work.resume, on_step=on_step)
+        with work.watched("reward_model", output) as on_step:
+            report = train_reward_model(
+                config.reward_model,
+                comparisons,
+                ratings,
+                config.policy_model,
+                output,
+                reference_samples=reference_samples(comparisons, config.reward_model),
+                teaching=teaching,
+                seed=config.seed,
+                resume=work.resume,
+                on_step=on_step,
+                should_stop=work.stop,
+            )
     except OtherDataError:  # people go on judging, and take back, at any time
         work.reporter.warn(
             "the judgements are not those with which this training began: it begins again, with "
             "what there is now"
         )
-        with work.watched("reward_model", output, resume=False) as on_step:
-            report = train(resume=False, on_step=on_step)
+        return reward(replace(work, resume=False))
     summary = asdict(report)
     path = output / "report.json"
     path.write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -163,7 +162,7 @@ def moderation(work: Workplace, labels: str) -> Summary:
 
     config = work.config
     output = work.run_dir / "moderation"
-    with work.watched("moderation", output, resume=work.resume) as on_step:
+    with work.watched("moderation", output) as on_step:
         report = train_classifier(
             config.reward_model or RewardModelConfig(),
             load_labels(labels, config.data),
