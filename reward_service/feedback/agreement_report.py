@@ -98,8 +98,10 @@ def store_report(store: FeedbackStore, *, seed: int = 0) -> dict[str, Any]:
     ``rankings`` is their count and ``ratings`` the ``rating_report``; the summary names both.
     """
     rankings = store.rankings()
-    tasks = {c.pair.item_id: r.item_id for r in rankings for c in r.comparisons()}
-    report = agreement_report(store.preferences(), tasks=tasks, seed=seed) | {
+    implied = [(c, ranking.item_id) for ranking in rankings for c in ranking.comparisons()]
+    said = store.comparisons() + [c for c, _ in implied]
+    tasks = {c.pair.item_id: task for c, task in implied}
+    report = agreement_report(said, tasks=tasks, seed=seed) | {
         "rankings": len(rankings),
         "ratings": rating_report(store.ratings(), seed=seed),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -224,7 +224,8 @@ class FeedbackStore:
 
     def gold_answers(self) -> dict[str, dict[str, Any]]:
         """Item -> its known answer, for those that have one."""
-        query = select(schema.tasks).where(schema.tasks.c.gold.is_not(None))
+        columns = schema.tasks.c.task_id, schema.tasks.c.gold
+        query = select(*columns).where(schema.tasks.c.gold.is_not(None))
         return self.database.read(lambda c: {r.task_id: r.gold for r in c.execute(query)})
 
     def _insert(self, work: Callable[[Connection], int]) -> int:
@@ -237,9 +238,8 @@ class FeedbackStore:
         key = key or next(iter(table.primary_key.columns)).name
         columns = [c for c in table.columns if c.name not in ("number", "stored_at")]
         existing: dict[str, Row] = {}
-        keys = list(rows)
-        for start in range(0, len(keys), _CHUNK):
-            query = select(*columns).where(table.c[key].in_(keys[start : start + _CHUNK]))
+        for keys in _chunks(list(rows)):
+            query = select(*columns).where(table.c[key].in_(keys))
             existing |= {row[key]: dict(row) for row in connection.execute(query).mappings()}
         for name, row in existing.items():
             for column, value in row.items():
@@ -277,6 +277,11 @@ def _keyed(rows: Iterable[Row]) -> dict[str, Row]:
     return keyed
 
 
+def _chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(keys), _CHUNK):
+        yield keys[start : start + _CHUNK]
+
+
 def _without_known_as_first(connection: Connection, rows: Mapping[str, Row]) -> dict[str, Row]:
     """Without judgements of unknown order that are there as of "a first": before an order could be
     unknown, they were stored so."""
@@ -286,10 +291,10 @@ def _without_known_as_first(connection: Connection, rows: Mapping[str, Row]) -> 
             plain = {name: value for name, value in row.items() if name != "key"}
             (first,) = _keyed([plain | {"shown_first": "a"}])
             as_first[first] = key
-    keys, column = list(as_first), schema.comparisons.c.key
+    column = schema.comparisons.c.key
     known: set[str] = set()
-    for start in range(0, len(keys), _CHUNK):
-        query = select(column).where(column.in_(keys[start : start + _CHUNK]))
+    for keys in _chunks(list(as_first)):
+        query = select(column).where(column.in_(keys))
         known |= {as_first[found] for found in connection.execute(query).scalars()}
     return {key: row for key, row in rows.items() if key not in known}
 
